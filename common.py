@@ -1,0 +1,481 @@
+"""What the four scripts share, from the leaves to the root:
+
+1. attention and blocks   what every model is made of
+2. digits                 loading them, handing them out in batches
+3. training               the recipe, the learning rate, the loop
+4. the command line       options, and a run from its first line to its last
+
+Letters in the shape comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import socket
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+
+class Problem(ValueError):
+    """What a person can mend: the message says what is wrong and what to do, in a sentence."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. attention and blocks
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762) in several heads:
+
+        weights = softmax(query @ key^T / sqrt(width)),   out = weights @ value
+
+    The shape of the input says what attends to what.
+    (B, N, D): the N tokens, as in every ViT. A head sees N tokens of width d.
+    (B, D), a flat image: its features. The image is one token, and softmax over one token is always 1, so
+    attention over tokens would do nothing. Instead the d features of a head attend to each other, as d tokens of
+    width 1: the one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
+
+    Queries come from x; keys and values from the context, which has x's shape, or from x where none is given.
+    Raises Problem when the heads do not divide dim.
+    """
+
+    fused = True  # False takes the formula as it is written, and leaves `weights` behind to look at
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        if dim % heads:
+            raise Problem(f"{heads} heads do not divide a width of {dim}: choose other --heads or another --dim")
+        self.heads = heads
+        self.query = nn.Linear(dim, dim, bias=qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Cuts the last axis into heads, each with its tokens and their width."""
+        x = x.unflatten(-1, (self.heads, -1))
+        return x.unsqueeze(3) if x.dim() == 3 else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        query, key, value = map(self.split, (self.query(x), self.key(context), self.value(context)))
+        if self.fused:
+            out = F.scaled_dot_product_attention(query, key, value)
+        else:
+            scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, H, d, d) or (B, H, N, N)
+            self.weights = scores.softmax(dim=-1)
+            out = self.weights @ value
+        if x.dim() == 3:
+            out = out.transpose(1, 2)  # (B, N, H, d)
+        return self.proj(out.reshape(x.shape))
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with a GELU between them, where it is four times as wide. The shape (..., D) stays."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block. The shape, (B, N, D) or (B, D), stays."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class PatchEmbedding(nn.Module):
+    """Images (B, C, S, S) to tokens (B, N, D), after Dosovitskiy et al., 2020 (arXiv 2010.11929).
+
+    Each patch goes through one linear layer, a class token goes before them, a learned position is added to each:
+    N = (S / patch_size)^2 + 1. Raises Problem when patches do not divide the image.
+    """
+
+    def __init__(self, dim: int, patch_size: int, image_size: int = 28, channels: int = 1) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise Problem(f"--patch-size {patch_size} does not divide {image_size} pixels: choose one that does")
+        self.patch_size = patch_size
+        self.linear = nn.Linear(channels * patch_size**2, dim)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch_size) ** 2 + 1, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)  # (B, N-1, C patch^2)
+        tokens = torch.cat([self.class_token.expand(len(images), 1, -1), self.linear(patches)], dim=1)  # (B, N, D)
+        return tokens + self.positions
+
+
+def embedding(dim: int, patch_size: int, image_size: int = 28, channels: int = 1) -> nn.Module:
+    """What images (B, C, S, S) go through first: patches to (B, N, D); or, where the patch is the image, nothing
+    but a change of shape to (B, D). Raises Problem when the flat image is not `dim` wide."""
+    if patch_size != image_size:
+        return PatchEmbedding(dim, patch_size, image_size, channels)
+    if dim != channels * image_size**2:
+        raise Problem(f"a flat image is {channels * image_size**2} wide: choose that as --dim, or a --patch-size "
+                      f"below {image_size}")
+    return nn.Flatten()
+
+
+class Head(nn.Module):
+    """A flat image (B, D), or the class token of (B, N, D), to logits (B, classes)."""
+
+    def __init__(self, dim: int, classes: int = 10) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            x = x[:, 0]  # (B, D)
+        return self.linear(self.norm(x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. digits: images are bytes, (N, 28, 28), until they are on the device
+# ------------------------------------------------------------------------------------------------------------
+
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Bytes (B, 28, 28) to floats (B, 1, 28, 28) with mean 0 and variance 1 over MNIST's training pixels."""
+    return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
+
+
+def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of stand-in digits: PIL's built-in font, each turned, sized and moved at random."""
+    pictures = []
+    for digit in "0123456789":
+        picture = Image.new("L", (28, 28))
+        ImageDraw.Draw(picture).text((14, 14), digit, fill=255, font=ImageFont.load_default(24), anchor="mm")
+        pictures.append(torch.tensor(list(picture.tobytes()), dtype=torch.float32).view(1, 28, 28))
+    labels = torch.arange(count) % 10
+    affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(seed))
+    grid = F.affine_grid(affine, [count, 1, 28, 28], align_corners=False)
+    return F.grid_sample(torch.stack(pictures)[labels], grid, align_corners=False).squeeze(1).byte(), labels
+
+
+def check_files(raw: Path, resources: list[tuple[str, str]]) -> None:
+    """Raises Problem for the first damaged file: torchvision itself checks only what it has just downloaded."""
+    for file, md5 in resources:
+        packed, unpacked = raw / file, raw / file.removesuffix(".gz")
+        damaged = packed if packed.exists() and not check_integrity(packed, md5) else None
+        if unpacked.exists() and not damaged:
+            count, content = 60_000 if file.startswith("train") else 10_000, unpacked.read_bytes()
+            sound = len(content) == (16 + count * 784 if "images" in file else 8 + count)
+            if packed.exists():  # eight bytes before its end, a .gz file has the checksum of what is in it
+                sound = zlib.crc32(content) == int.from_bytes(packed.read_bytes()[-8:-4], "little")
+            damaged = None if sound else unpacked
+        if damaged:
+            raise Problem(f"{damaged} is damaged: delete it and run again, it is then unpacked or downloaded anew")
+
+
+def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tensor], list[Tensor]]:
+    """The data set's name, then images and labels for training, then for the test.
+
+    With no name it is MNIST, or drawn digits and a warning where MNIST is not on disk and cannot be downloaded.
+    Raises Problem when the data set asked for cannot be had, or a file is damaged.
+    """
+    if name == "drawn":
+        return name, list(draw_digits(10_000, seed=0)), list(draw_digits(2_000, seed=1))
+    source = getattr(torchvision.datasets, name or "MNIST")
+    root = Path(data_dir or Path(__file__).parent / "data")
+    raw = root / source.__name__ / "raw"
+    try:
+        check_files(raw, source.resources)
+        socket.setdefaulttimeout(30)  # seconds, after which torchvision tries the next mirror
+        with contextlib.redirect_stdout(sys.stderr):  # where torchvision says what it downloads
+            train, test = (source(root, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        missing = (f"{source.__name__} is not in {raw} and cannot be downloaded ({error}): put "
+                   f"{', '.join(file for file, _ in source.resources)} there, or choose --dataset drawn")
+        if name:
+            raise Problem(missing) from error
+        print("!" * 110, f"WARNING: {missing}.", "The run goes on with DRAWN digits. What it says of them, it does "
+              "not say of MNIST.", "!" * 110, sep="\n", file=sys.stderr)
+        return load_digits("drawn", data_dir)
+    return source.__name__, [train.data, train.targets], [test.data, test.targets]
+
+
+def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterator[Tensor]:
+    """The batches of all epochs from the first: sample number n is digit n % size, as it is seen in epoch n // size.
+
+    The order follows from the seed and the epoch. Digits that do not fill a last batch wait for the next epoch.
+    """
+    for epoch in range(first_epoch, recipe.epochs):
+        generator = torch.Generator().manual_seed((recipe.seed << 32) + epoch)
+        numbers = torch.randperm(size, generator=generator) + epoch * size
+        yield from numbers.split(recipe.batch_size)[: size // recipe.batch_size]
+
+
+def plain_batches(images: Tensor, labels: Tensor, recipe: "Recipe", first_epoch: int = 0) -> Iterator[list[Tensor]]:
+    """The batches of all epochs. All digits lie on the device (55 MB), where a batch is one indexing away."""
+    images, labels = images.to(recipe.device), labels.to(recipe.device)
+    for numbers in sample_numbers(len(images), recipe, first_epoch):
+        index = (numbers % len(images)).to(recipe.device)
+        yield [images[index], labels[index]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. training
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A model's sizes and how it is trained. Each field is an option of the command line: its lowest value where it
+    has one, and its help. Raises Problem for a value that is out of range."""
+
+    small: Annotated[bool, "the small model, on patches, for a CPU"] = False
+    layers: Annotated[int, 1, "layers of the model"]
+    heads: Annotated[int, 1, "attention heads of a layer"]
+    dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
+    patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
+    dropout: Annotated[float, 0, "share of a block's outputs that training sets to 0"] = 0.0
+    epochs: Annotated[int, 0, "how often the model sees each training digit; 0 only evaluates"]
+    batch_size: Annotated[int, 1, "digits in a training step"]
+    lr: Annotated[float, 0, "the highest learning rate"]
+    weight_decay: Annotated[float, 0, "AdamW's weight decay, on matrices only"]
+    seed: Annotated[int, 0, "what everything random follows from"] = 0
+    seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
+    validate: Annotated[bool, "hold out the last 5,000 training digits and report on them, not on the test set"] = False
+    dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, or drawn where it is not to be had)"] = None
+    data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
+    workers: Annotated[int | None, 0, "processes that augment digits (default 4 beside a GPU, 0 on a CPU)"] = None
+    device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
+    compile: Annotated[bool | None, "torch.compile the model (default on Linux with CUDA)"] = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, (*lowest, meaning) = getattr(self, field.name), field.type.__metadata__
+            if lowest and value is not None and not lowest[0] <= value < math.inf:
+                raise Problem(f"{option(field.name)} {value} does not work: choose {lowest[0]} or more")
+        if self.dropout >= 1:
+            raise Problem(f"--dropout {self.dropout} leaves nothing: choose a share below 1")
+        if self.dataset not in (None, *DATASETS):
+            raise Problem(f"--dataset {self.dataset} is not known: choose one of {', '.join(DATASETS)}")
+
+    def sizes(self) -> dict:
+        """What a model is made from."""
+        return {name: getattr(self, name) for name in ("layers", "heads", "dim", "patch_size", "dropout")}
+
+    def __str__(self) -> str:
+        """The recipe as one would type it."""
+        given = {option(name): value for name, value in asdict(self).items() if value is not None and value is not False}
+        return " ".join(name if value is True else f"{name} {value}" for name, value in given.items())
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Grows over the first tenth of the steps, then falls along half a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101). Biases, norms, class token and positions do not decay."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA, which is made for it; float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer, recipe: Recipe,
+                epoch: int) -> tuple[float, float]:
+    """Takes `steps` batches and learns from them; returns the mean loss and the share of right answers on the way.
+
+    Raises Problem when the loss is no longer a number.
+    """
+    model.train()
+    device, read_at = torch.device(recipe.device), 0.0
+    losses, right = torch.zeros(steps, device=device), torch.zeros((), device=device)
+    with tqdm(total=steps * recipe.batch_size, desc=f"epoch {epoch + 1}", unit=" images", leave=False) as bar:
+        for step, (images, labels) in enumerate(itertools.islice(batches, steps)):
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch * steps + step, recipe.epochs * steps, recipe.lr)
+            with mixed_precision(device):
+                logits = model(normalise(images))
+                loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            losses[step] = loss.detach()
+            right += (logits.argmax(dim=1) == labels).sum()
+            if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # seldom: a GPU is waited for
+                read_at = time.perf_counter()
+                for bad in losses[: step + 1].isfinite().logical_not().nonzero().flatten().tolist():
+                    raise Problem(f"the loss is {losses[bad]} in step {epoch * steps + bad + 1}: choose a lower --lr")
+                bar.set_postfix(loss=f"{losses[step]:.3f}", refresh=False)
+                bar.update((step + 1) * recipe.batch_size - bar.n)
+    return losses.mean().item(), right.item() / (steps * recipe.batch_size)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """The model's probabilities (N, 10), on the CPU, for images (N, 28, 28); without dropout."""
+    model.eval()
+    with mixed_precision(device):
+        return torch.cat([model(normalise(part.to(device))).float().softmax(1).cpu() for part in images.split(500)])
+
+
+def count_right(probabilities: Tensor, labels: Tensor) -> int:
+    return (probabilities.argmax(dim=1) == labels).sum().item()
+
+
+def train(model: nn.Module, batches: Iterator, steps: int, held_out: list[Tensor], recipe: Recipe) -> None:
+    """Trains for all epochs of `steps` batches each, and prints a line an epoch."""
+    optimizer = make_optimizer(model, recipe)
+    for epoch in range(recipe.epochs):
+        start = time.perf_counter()
+        loss, share = train_epoch(model, batches, steps, optimizer, recipe, epoch)
+        line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of {recipe.dataset} training digits"
+        seconds = time.perf_counter() - start
+        if recipe.validate:
+            right = count_right(predict(model, held_out[0], torch.device(recipe.device)), held_out[1])
+            line += f", {right / len(held_out[1]):.2%} of those held out"
+        print(f"{line}, {seconds:.1f} s", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. the command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def option(name: str) -> str:
+    """A field of Recipe as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
+def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
+    """The recipe that the command line asks for."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [--small] [options]", description=about,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Recipe):
+        kind, *_, meaning = (field.type.__origin__, *field.type.__metadata__)
+        how = {"type": (get_args(kind) or [kind])[0], "metavar": "X"}
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif kind == bool | None:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif getattr(full, field.name) is not None:
+            meaning += f" (default {getattr(full, field.name)}; small {getattr(small, field.name)})"
+        parser.add_argument(option(field.name), default=argparse.SUPPRESS, help=meaning, **how)
+    given = vars(parser.parse_args())
+    return replace(small if "small" in given else full, **given)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the fastest there is. Raises Problem when it is not to be had."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise Problem(f"--device {name} is not to be had here ({error}): choose another, such as cpu") from error
+
+
+def show_ten(probabilities: Tensor, labels: Tensor, what: str) -> None:
+    """Prints the three most probable answers to the first ten images."""
+    print(f"\nten {what}, and the model's three most probable answers:")
+    for label, row in zip(labels[:10].tolist(), probabilities):
+        best = row.topk(3)
+        answers = "   ".join(f"{i} {p:6.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
+        print(f"  {label}:   {answers}" + ("" if best.indices[0] == label else "   wrong"))
+    print()
+
+
+def experiment(script: str, build: Callable[..., nn.Module], recipe: Recipe, batches: Callable[..., Iterator]) -> None:
+    """Trains the model of the recipe, once a seed, and prints what came of it, from the first line to the last."""
+    device = choose_device(recipe.device)
+    torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build(**recipe.sizes()).parameters())
+    name, (images, labels), (test_images, test_labels) = load_digits(recipe.dataset, recipe.data_dir)
+    kind, what = "test", f"{name} test digits"
+    if recipe.validate:
+        kind, what = "validation", f"held-out {name} training digits"
+        images, test_images, labels, test_labels = images[:-5000], images[-5000:], labels[:-5000], labels[-5000:]
+    steps, total = len(images) // recipe.batch_size, len(test_images)
+    if steps == 0:
+        raise Problem(f"--batch-size {recipe.batch_size} is more than the {len(images)} training digits: lower it")
+    chosen = {"workers": 0 if device.type == "cpu" else min(4, os.cpu_count()),
+              "compile": device.type == "cuda" and sys.platform == "linux"}
+    chosen = {option: value for option, value in chosen.items() if getattr(recipe, option) is None}
+    recipe = replace(recipe, dataset=name, device=str(device), **chosen)
+    print(f"{script}: {parameters:,} parameters on {device}, {len(images)} {name} training digits, {recipe}", flush=True)
+
+    accuracies = []
+    for seed in range(recipe.seed, recipe.seed + recipe.seeds):
+        torch.manual_seed(seed)
+        model, one = build(**recipe.sizes()).to(device), replace(recipe, seed=seed)
+        if recipe.compile:
+            model.compile()
+        if device.type == "cpu" and not recipe.small and recipe.epochs:
+            start = time.perf_counter()
+            model(normalise(images[: recipe.batch_size])).sum().backward()
+            model.zero_grad()
+            print(f"an epoch will take about {(time.perf_counter() - start) * steps / 60:.0f} minutes on this CPU; "
+                  "with --small the model is small, and so is the time", flush=True)
+        train(model, iter(batches(images, labels, one)), steps, [test_images, test_labels], one)
+        probabilities = predict(model, test_images, device)
+        accuracies.append(count_right(probabilities, test_labels) / total)
+        show_ten(probabilities, test_labels, what)
+        print(f"{kind} accuracy: {accuracies[-1]:.2%} ({accuracies[-1] * total:.0f} of {total} {what})", flush=True)
+    if recipe.seeds > 1:
+        print(f"{kind} accuracy: {statistics.mean(accuracies):.2%} +- {statistics.stdev(accuracies):.2%} (mean and "
+              f"standard deviation of {recipe.seeds} seeds, {total} {what})")
+
+
+def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
+        batches: Callable[..., Iterator] = plain_batches) -> None:
+    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` makes what it learns from.
+
+    A Problem ends in its sentence on stderr, and exit code 2.
+    """
+    script = Path(script).name
+    try:
+        recipe = read_options(about, full, small)
+        experiment(script, build, recipe, batches)
+        return
+    except Problem as problem:
+        sentence = str(problem)
+    except torch.OutOfMemoryError:
+        sentence = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
+    print(f"{script}: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,45 @@
+"""mini_vit_concat.py: every block sees the original image again, beside the previous block's output.
+
+    python mini_vit_concat.py             16 layers, 16 heads x 98 = 1568 wide, 493M parameters, for a GPU
+    python mini_vit_concat.py --small     the same on patches of 7 x 7 pixels, for a CPU
+
+Does a deep network forget its input? Here it cannot: the image is concatenated with what the previous block made
+of it, the block works on both halves, 784 + 784 = 1568 wide, and a linear layer brings them back to 784.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common import Block, Head, Recipe, embedding, run
+
+FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.1,
+              epochs=50, batch_size=512, lr=2e-4, weight_decay=0.05)
+SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7,
+               epochs=10, batch_size=128, lr=2e-3, weight_decay=0.05)
+
+
+class ConcatViT(nn.Module):
+    """Images (B, 1, 28, 28) to logits (B, 10); flat or on patches, as in mini_vit.py."""
+
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = embedding(dim, patch_size)
+        self.first = nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(Block(2 * dim, heads, dropout) for _ in range(layers))
+        self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))
+        self.head = Head(2 * dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        h = self.first(x)
+        for block, narrow in zip(self.blocks, self.narrow):
+            h = narrow(block(torch.cat([x, h], dim=-1)))  # (..., D) to (..., 2 D) and back
+        return self.head(torch.cat([x, h], dim=-1))
+
+
+def main() -> None:
+    run(__file__, __doc__, ConcatViT, FULL, SMALL)
+
+
+if __name__ == "__main__":
+    main()

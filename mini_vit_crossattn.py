@@ -1,0 +1,68 @@
+"""mini_vit_crossattn.py: encoder and decoder; every decoder layer looks back at the image through cross-attention.
+
+    python mini_vit_crossattn.py             12 layers of three blocks, 784 wide, 266M parameters, for a GPU
+    python mini_vit_crossattn.py --small     the same on patches of 7 x 7 pixels, for a CPU
+
+mini_vit_concat.py puts the image beside the stream. Here the stream asks for what it needs: in each layer its
+queries meet keys and values from an encoder block of the layer's own, which is fed the original image. The digits
+are augmented as in mini_vit_augment.py.
+"""
+
+from torch import Tensor, nn
+
+from common import Block, Head, Recipe, embedding, run
+from mini_vit_augment import augmented_batches
+
+FULL = Recipe(layers=12, heads=14, dim=784, patch_size=28, dropout=0.1,
+              epochs=100, batch_size=512, lr=3e-4, weight_decay=0.05)
+SMALL = Recipe(small=True, layers=3, heads=4, dim=64, patch_size=7,
+               epochs=16, batch_size=128, lr=2e-3, weight_decay=0.05)
+
+
+class CrossBlock(Block):
+    """A block whose queries come from x, and whose keys and values come from a context of the same shape."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__(dim, heads, dropout)
+        self.norm_context = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), self.norm_context(context)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention on the stream, then cross-attention to what the layer's own encoder makes of the image."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.block = Block(dim, heads, dropout)
+        self.encoder = Block(dim, heads, dropout)
+        self.cross = CrossBlock(dim, heads, dropout)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        return self.cross(self.block(x), self.encoder(image))
+
+
+class CrossViT(nn.Module):
+    """Images (B, 1, 28, 28) to logits (B, 10); flat or on patches, as in mini_vit.py. The stream starts as the image."""
+
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = embedding(dim, patch_size)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(layers))
+        self.head = Head(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = image = self.embed(images)
+        for layer in self.layers:
+            x = layer(x, image)
+        return self.head(x)
+
+
+def main() -> None:
+    run(__file__, __doc__, CrossViT, FULL, SMALL, augmented_batches)
+
+
+if __name__ == "__main__":
+    main()
