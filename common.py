@@ -49,10 +49,10 @@ class Attention(nn.Module):
     The shape of the input says what attends to what.
     (B, N, D): the N tokens, as in every ViT. A head sees N tokens of width d.
     (B, D), a flat image: its features. The image is one token, and softmax over one token is always 1, so
-    attention over tokens would do nothing. Instead the d features of a head attend to each other, as d tokens of
-    width 1: the one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
+    attention over tokens would do nothing. Instead the d features of a head attend to each other, as d tokens
+    of width 1: the one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
 
-    Queries come from x; keys and values from the context, which has x's shape, or from x where none is given.
+    Queries come from x; keys and values from the context, which has x's shape, or from x if there is none.
     Raises Problem when the heads do not divide dim.
     """
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
         if dim % heads:
-            raise Problem(f"{heads} heads do not divide a width of {dim}: choose other --heads or another --dim")
+            raise Problem(f"{heads} heads do not divide a width of {dim}: choose other --heads or --dim")
         self.heads = heads
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.key = nn.Linear(dim, dim, bias=qkv_bias)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         if self.fused:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
-            scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, H, d, d) or (B, H, N, N)
+            scores = query @ key.mT / math.sqrt(query.shape[-1])  # (B, H, d, d) or (B, H, N, N)
             self.weights = scores.softmax(dim=-1)
             out = self.weights @ value
         if x.dim() == 3:
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two linear layers with a GELU between them, where it is four times as wide. The shape (..., D) stays."""
+    """Two linear layers, four times as wide between them as around. The shape (..., D) stays."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -110,53 +110,6 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-class PatchEmbedding(nn.Module):
-    """Images (B, C, S, S) to tokens (B, N, D), after Dosovitskiy et al., 2020 (arXiv 2010.11929).
-
-    Each patch goes through one linear layer, a class token goes before them, a learned position is added to each:
-    N = (S / patch_size)^2 + 1. Raises Problem when patches do not divide the image.
-    """
-
-    def __init__(self, dim: int, patch_size: int, image_size: int = 28, channels: int = 1) -> None:
-        super().__init__()
-        if image_size % patch_size:
-            raise Problem(f"--patch-size {patch_size} does not divide {image_size} pixels: choose one that does")
-        self.patch_size = patch_size
-        self.linear = nn.Linear(channels * patch_size**2, dim)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch_size) ** 2 + 1, dim))
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)  # (B, N-1, C patch^2)
-        tokens = torch.cat([self.class_token.expand(len(images), 1, -1), self.linear(patches)], dim=1)  # (B, N, D)
-        return tokens + self.positions
-
-
-def embedding(dim: int, patch_size: int, image_size: int = 28, channels: int = 1) -> nn.Module:
-    """What images (B, C, S, S) go through first: patches to (B, N, D); or, where the patch is the image, nothing
-    but a change of shape to (B, D). Raises Problem when the flat image is not `dim` wide."""
-    if patch_size != image_size:
-        return PatchEmbedding(dim, patch_size, image_size, channels)
-    if dim != channels * image_size**2:
-        raise Problem(f"a flat image is {channels * image_size**2} wide: choose that as --dim, or a --patch-size "
-                      f"below {image_size}")
-    return nn.Flatten()
-
-
-class Head(nn.Module):
-    """A flat image (B, D), or the class token of (B, N, D), to logits (B, classes)."""
-
-    def __init__(self, dim: int, classes: int = 10) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.linear = nn.Linear(dim, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            x = x[:, 0]  # (B, D)
-        return self.linear(self.norm(x))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 2. digits: images are bytes, (N, 28, 28), until they are on the device
 # ------------------------------------------------------------------------------------------------------------
@@ -169,6 +122,11 @@ def normalise(images: Tensor) -> Tensor:
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
 
 
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers that follow from all of these (torch looks at the lowest 32 bits of a seed, so mix them)."""
+    return torch.Generator().manual_seed(hash(numbers) % 2**32)
+
+
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images and labels of stand-in digits: PIL's built-in font, each turned, sized and moved at random."""
     pictures = []
@@ -177,30 +135,30 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
         ImageDraw.Draw(picture).text((14, 14), digit, fill=255, font=ImageFont.load_default(24), anchor="mm")
         pictures.append(torch.tensor(list(picture.tobytes()), dtype=torch.float32).view(1, 28, 28))
     labels = torch.arange(count) % 10
-    affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(seed))
+    affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=generator(seed))
     grid = F.affine_grid(affine, [count, 1, 28, 28], align_corners=False)
     return F.grid_sample(torch.stack(pictures)[labels], grid, align_corners=False).squeeze(1).byte(), labels
 
 
 def check_files(raw: Path, resources: list[tuple[str, str]]) -> None:
-    """Raises Problem for the first damaged file: torchvision itself checks only what it has just downloaded."""
+    """Raises Problem for the first damaged file. (torchvision checks only what it has just downloaded.)"""
     for file, md5 in resources:
         packed, unpacked = raw / file, raw / file.removesuffix(".gz")
-        damaged = packed if packed.exists() and not check_integrity(packed, md5) else None
-        if unpacked.exists() and not damaged:
-            count, content = 60_000 if file.startswith("train") else 10_000, unpacked.read_bytes()
-            sound = len(content) == (16 + count * 784 if "images" in file else 8 + count)
-            if packed.exists():  # eight bytes before its end, a .gz file has the checksum of what is in it
+        if packed.exists() and not check_integrity(packed, md5):
+            raise Problem(f"{packed} is damaged: delete it and run again, it is then downloaded anew")
+        if unpacked.exists():
+            content, count = unpacked.read_bytes(), 60_000 if file.startswith("train") else 10_000
+            sound = len(content) == (16 + 784 * count if "images" in file else 8 + count)
+            if packed.exists():  # a .gz file ends with the checksum of what is in it, and its length
                 sound = zlib.crc32(content) == int.from_bytes(packed.read_bytes()[-8:-4], "little")
-            damaged = None if sound else unpacked
-        if damaged:
-            raise Problem(f"{damaged} is damaged: delete it and run again, it is then unpacked or downloaded anew")
+            if not sound:
+                raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
 
 
 def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tensor], list[Tensor]]:
     """The data set's name, then images and labels for training, then for the test.
 
-    With no name it is MNIST, or drawn digits and a warning where MNIST is not on disk and cannot be downloaded.
+    With no name it is MNIST, or drawn digits and a warning where MNIST is not to be had.
     Raises Problem when the data set asked for cannot be had, or a file is damaged.
     """
     if name == "drawn":
@@ -214,28 +172,28 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
         with contextlib.redirect_stdout(sys.stderr):  # where torchvision says what it downloads
             train, test = (source(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        missing = (f"{source.__name__} is not in {raw} and cannot be downloaded ({error}): put "
-                   f"{', '.join(file for file, _ in source.resources)} there, or choose --dataset drawn")
+        reason, files = " ".join(str(error).split()), ", ".join(file for file, _ in source.resources)
+        missing = (f"{source.__name__} is not on disk and cannot be downloaded ({reason}): put {files} into "
+                   f"{raw}, or choose --dataset drawn")
         if name:
             raise Problem(missing) from error
-        print("!" * 110, f"WARNING: {missing}.", "The run goes on with DRAWN digits. What it says of them, it does "
-              "not say of MNIST.", "!" * 110, sep="\n", file=sys.stderr)
+        warning = f"WARNING: {missing}\nThis run goes on with DRAWN digits, which say nothing about MNIST."
+        print("!" * 100, warning, "!" * 100, sep="\n", file=sys.stderr)
         return load_digits("drawn", data_dir)
     return source.__name__, [train.data, train.targets], [test.data, test.targets]
 
 
 def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterator[Tensor]:
-    """The batches of all epochs from the first: sample number n is digit n % size, as it is seen in epoch n // size.
+    """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
 
-    The order follows from the seed and the epoch. Digits that do not fill a last batch wait for the next epoch.
+    The order follows from the seed and the epoch. Digits too few for a last batch wait for the next epoch.
     """
     for epoch in range(first_epoch, recipe.epochs):
-        generator = torch.Generator().manual_seed((recipe.seed << 32) + epoch)
-        numbers = torch.randperm(size, generator=generator) + epoch * size
+        numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
         yield from numbers.split(recipe.batch_size)[: size // recipe.batch_size]
 
 
-def plain_batches(images: Tensor, labels: Tensor, recipe: "Recipe", first_epoch: int = 0) -> Iterator[list[Tensor]]:
+def plain_batches(images: Tensor, labels: Tensor, recipe: "Recipe", first_epoch: int = 0) -> Iterator:
     """The batches of all epochs. All digits lie on the device (55 MB), where a batch is one indexing away."""
     images, labels = images.to(recipe.device), labels.to(recipe.device)
     for numbers in sample_numbers(len(images), recipe, first_epoch):
@@ -250,8 +208,8 @@ def plain_batches(images: Tensor, labels: Tensor, recipe: "Recipe", first_epoch:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A model's sizes and how it is trained. Each field is an option of the command line: its lowest value where it
-    has one, and its help. Raises Problem for a value that is out of range."""
+    """A model's sizes and how it is trained. Each field is an option of the command line, with its lowest
+    value and its help. Raises Problem for a value that makes no sense."""
 
     small: Annotated[bool, "the small model, on patches, for a CPU"] = False
     layers: Annotated[int, 1, "layers of the model"]
@@ -265,10 +223,10 @@ class Recipe:
     weight_decay: Annotated[float, 0, "AdamW's weight decay, on matrices only"]
     seed: Annotated[int, 0, "what everything random follows from"] = 0
     seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
-    validate: Annotated[bool, "hold out the last 5,000 training digits and report on them, not on the test set"] = False
-    dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, or drawn where it is not to be had)"] = None
+    validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
+    dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
-    workers: Annotated[int | None, 0, "processes that augment digits (default 4 beside a GPU, 0 on a CPU)"] = None
+    workers: Annotated[int | None, 0, "processes that augment (default 4 beside a GPU, 0 on a CPU)"] = None
     device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
     compile: Annotated[bool | None, "torch.compile the model (default on Linux with CUDA)"] = None
 
@@ -288,8 +246,8 @@ class Recipe:
 
     def __str__(self) -> str:
         """The recipe as one would type it."""
-        given = {option(name): value for name, value in asdict(self).items() if value is not None and value is not False}
-        return " ".join(name if value is True else f"{name} {value}" for name, value in given.items())
+        typed = [f"{option(name)} {value}".removesuffix(" True") for name, value in asdict(self).items()]
+        return " ".join(part for part in typed if not part.endswith((" None", " False")))
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -301,11 +259,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101). Biases, norms, class token and positions do not decay."""
+    """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101); only matrices decay."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -313,9 +271,9 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer, recipe: Recipe,
-                epoch: int) -> tuple[float, float]:
-    """Takes `steps` batches and learns from them; returns the mean loss and the share of right answers on the way.
+def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer,
+                recipe: Recipe, epoch: int) -> tuple[float, float]:
+    """Learns from `steps` batches; returns the mean loss and the share of right answers on the way.
 
     Raises Problem when the loss is no longer a number.
     """
@@ -340,7 +298,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torc
             if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # seldom: a GPU is waited for
                 read_at = time.perf_counter()
                 for bad in losses[: step + 1].isfinite().logical_not().nonzero().flatten().tolist():
-                    raise Problem(f"the loss is {losses[bad]} in step {epoch * steps + bad + 1}: choose a lower --lr")
+                    raise Problem(f"the loss is {losses[bad]} in step {epoch * steps + bad + 1}: lower --lr")
                 bar.set_postfix(loss=f"{losses[step]:.3f}", refresh=False)
                 bar.update((step + 1) * recipe.batch_size - bar.n)
     return losses.mean().item(), right.item() / (steps * recipe.batch_size)
@@ -351,7 +309,8 @@ def predict(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """The model's probabilities (N, 10), on the CPU, for images (N, 28, 28); without dropout."""
     model.eval()
     with mixed_precision(device):
-        return torch.cat([model(normalise(part.to(device))).float().softmax(1).cpu() for part in images.split(500)])
+        logits = torch.cat([model(normalise(part.to(device))) for part in images.split(500)])
+    return logits.float().softmax(dim=1).cpu()
 
 
 def count_right(probabilities: Tensor, labels: Tensor) -> int:
@@ -364,7 +323,8 @@ def train(model: nn.Module, batches: Iterator, steps: int, held_out: list[Tensor
     for epoch in range(recipe.epochs):
         start = time.perf_counter()
         loss, share = train_epoch(model, batches, steps, optimizer, recipe, epoch)
-        line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of {recipe.dataset} training digits"
+        line = (f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
+                "training digits right")
         seconds = time.perf_counter() - start
         if recipe.validate:
             right = count_right(predict(model, held_out[0], torch.device(recipe.device)), held_out[1])
@@ -407,7 +367,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise Problem(f"--device {name} is not to be had here ({error}): choose another, such as cpu") from error
+        reason = str(error).split(". ")[0]
+        raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
 
 
 def show_ten(probabilities: Tensor, labels: Tensor, what: str) -> None:
@@ -420,8 +381,8 @@ def show_ten(probabilities: Tensor, labels: Tensor, what: str) -> None:
     print()
 
 
-def experiment(script: str, build: Callable[..., nn.Module], recipe: Recipe, batches: Callable[..., Iterator]) -> None:
-    """Trains the model of the recipe, once a seed, and prints what came of it, from the first line to the last."""
+def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) -> None:
+    """From the first line to the last: trains the recipe's model, once a seed, and prints its accuracy."""
     device = choose_device(recipe.device)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
     with torch.device("meta"):
@@ -430,15 +391,16 @@ def experiment(script: str, build: Callable[..., nn.Module], recipe: Recipe, bat
     kind, what = "test", f"{name} test digits"
     if recipe.validate:
         kind, what = "validation", f"held-out {name} training digits"
-        images, test_images, labels, test_labels = images[:-5000], images[-5000:], labels[:-5000], labels[-5000:]
+        images, test_images = images.split(len(images) - 5000)
+        labels, test_labels = labels.split(len(labels) - 5000)
     steps, total = len(images) // recipe.batch_size, len(test_images)
     if steps == 0:
-        raise Problem(f"--batch-size {recipe.batch_size} is more than the {len(images)} training digits: lower it")
+        raise Problem(f"--batch-size {recipe.batch_size} is more than all {len(images)} digits: lower it")
     chosen = {"workers": 0 if device.type == "cpu" else min(4, os.cpu_count()),
               "compile": device.type == "cuda" and sys.platform == "linux"}
     chosen = {option: value for option, value in chosen.items() if getattr(recipe, option) is None}
     recipe = replace(recipe, dataset=name, device=str(device), **chosen)
-    print(f"{script}: {parameters:,} parameters on {device}, {len(images)} {name} training digits, {recipe}", flush=True)
+    print(f"{script}: {parameters:,} parameters, {device}, {len(images)} {name} digits, {recipe}", flush=True)
 
     accuracies = []
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
@@ -450,21 +412,23 @@ def experiment(script: str, build: Callable[..., nn.Module], recipe: Recipe, bat
             start = time.perf_counter()
             model(normalise(images[: recipe.batch_size])).sum().backward()
             model.zero_grad()
-            print(f"an epoch will take about {(time.perf_counter() - start) * steps / 60:.0f} minutes on this CPU; "
-                  "with --small the model is small, and so is the time", flush=True)
+            minutes = (time.perf_counter() - start) * steps / 60
+            print(f"an epoch will take about {minutes:.0f} minutes here; --small is for a CPU", flush=True)
         train(model, iter(batches(images, labels, one)), steps, [test_images, test_labels], one)
         probabilities = predict(model, test_images, device)
-        accuracies.append(count_right(probabilities, test_labels) / total)
+        right = count_right(probabilities, test_labels)
+        accuracies.append(right / total)
         show_ten(probabilities, test_labels, what)
-        print(f"{kind} accuracy: {accuracies[-1]:.2%} ({accuracies[-1] * total:.0f} of {total} {what})", flush=True)
+        print(f"{kind} accuracy: {right / total:.2%} ({right} of {total} {what})", flush=True)
     if recipe.seeds > 1:
-        print(f"{kind} accuracy: {statistics.mean(accuracies):.2%} +- {statistics.stdev(accuracies):.2%} (mean and "
-              f"standard deviation of {recipe.seeds} seeds, {total} {what})")
+        mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+        print(f"{kind} accuracy: {mean:.3%} +- {deviation:.3%} (mean and standard deviation of "
+              f"{recipe.seeds} seeds, {total} {what})")
 
 
 def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
         batches: Callable[..., Iterator] = plain_batches) -> None:
-    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` makes what it learns from.
+    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from.
 
     A Problem ends in its sentence on stderr, and exit code 2.
     """

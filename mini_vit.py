@@ -3,15 +3,16 @@
     python mini_vit.py             16 layers, 14 heads x 56 = 784 wide, 118M parameters, for a GPU
     python mini_vit.py --small     the paper's ViT with patches of 7 x 7 pixels, 0.3M parameters, for a CPU
 
-The flat 28 x 28 image goes into the first block as it is, with no projection. A transformer works on a sequence
-of tokens, and this is a sequence of one: so attention is not over tokens here but over features (see Attention in
-common.py). With patches the same class is the Vision Transformer of "An Image is Worth 16x16 Words" (Dosovitskiy
-et al., 2020, arXiv 2010.11929).
-"""
+The flat 28 x 28 image goes into the first block as it is, with no projection. A transformer works on a
+sequence of tokens, and this is a sequence of one. So attention is not over tokens here but over features: see
+Attention in common.py. With patches, the same class is the Vision Transformer of "An Image is Worth 16x16
+Words" (Dosovitskiy et al., 2020, arXiv 2010.11929). """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Block, Head, Recipe, embedding, run
+from common import Block, Problem, Recipe, run
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
               epochs=50, batch_size=512, lr=3e-4, weight_decay=0.05)
@@ -19,13 +20,60 @@ SMALL = Recipe(small=True, layers=6, heads=4, dim=64, patch_size=7,
                epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
+class PatchEmbedding(nn.Module):
+    """Images (B, C, S, S) to tokens (B, N, D), one for each patch and a class token: N = 1 + (S /
+    patch_size)^2.
+
+    Each patch goes through the same linear layer. Before them goes the class token, which will carry the
+    answer. A learned vector is added to each place, or no place could be told from another. Raises Problem
+    when the patches do not fill the image. """
+
+    def __init__(self, dim: int, patch_size: int, image_size: int, channels: int) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise Problem(f"--patch-size {patch_size} does not divide {image_size} pixels: choose another")
+        self.patch_size = patch_size
+        self.linear = nn.Linear(channels * patch_size**2, dim)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT  # (B, N - 1, C * patch_size^2)
+        class_tokens = self.class_token.expand(len(images), 1, -1)  # (B, 1, D)
+        return torch.cat([class_tokens, self.linear(patches)], dim=1) + self.positions  # (B, N, D)
+
+
+def embedding(dim: int, patch_size: int, image_size: int = 28, channels: int = 1) -> nn.Module:
+    """What images go through first: a PatchEmbedding; or, where the patch is the whole image, only a change
+    of shape to (B, D). Raises Problem when the flat image is not `dim` wide."""
+    if patch_size != image_size:
+        return PatchEmbedding(dim, patch_size, image_size, channels)
+    if dim != channels * image_size**2:
+        raise Problem(f"a flat image is {channels * image_size**2} wide, not --dim {dim}: choose that, or a "
+                      f"--patch-size below {image_size}")
+    return nn.Flatten()
+
+
+class Head(nn.Module):
+    """A flat image (B, D), or the class token of (B, N, D), to logits (B, classes)."""
+
+    def __init__(self, dim: int, classes: int = 10) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            x = x[:, 0]  # (B, D)
+        return self.linear(self.norm(x))
+
+
 class ViT(nn.Module):
     """Images (B, channels, image_size, image_size) to logits (B, classes).
 
-    With a patch as big as the image it is flat: a block sees (B, D). With smaller ones it is the paper's ViT: a
-    block sees (B, N, D). ViT-B/16 is layers=12, heads=12, dim=768, patch_size=16, image_size=224, channels=3,
-    classes=1000.
-    """
+    With a patch as big as the image it is flat, and a block sees (B, D). With smaller ones it is the paper's
+    ViT, and a block sees (B, N, D). ViT-B/16 is layers=12, heads=12, dim=768, patch_size=16, image_size=224,
+    channels=3, classes=1000. """
 
     def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
                  image_size: int = 28, channels: int = 1, classes: int = 10) -> None:

@@ -3,11 +3,10 @@
     python mini_vit_augment.py             118M parameters, for a GPU
     python mini_vit_augment.py --small     0.3M parameters, for a CPU
 
-A network with more parameters than there are pixels in its training set learns that set by heart. So it never
-sees a digit twice: each is turned, sized, slanted, moved and bent anew whenever it is looked at. The GPU must not
+A network with more parameters than its training set has pixels can learn that set by heart. So it never sees
+a digit twice: each is turned, sized, slanted, moved and bent anew whenever it is looked at. A GPU must not
 wait for that. Two things see to it: a whole batch is augmented in one vectorised step, and worker processes
-prepare the next batches while the model learns from this one.
-"""
+prepare the next batches while the model learns from this one. """
 
 import math
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import Recipe, run, sample_numbers
+from common import Recipe, generator, run, sample_numbers
 from mini_vit import ViT
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
@@ -26,26 +25,26 @@ SMALL = Recipe(small=True, layers=6, heads=4, dim=64, patch_size=7,
                epochs=24, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
-def augment(images: Tensor, generator: torch.Generator, degrees: float = 15, scale: float = 0.15,
+def augment(images: Tensor, random: torch.Generator, degrees: float = 15, scale: float = 0.15,
             shear: float = 0.15, shift: float = 2.5, bend: float = 1.2) -> Tensor:
     """Bytes (B, 28, 28) to bytes (B, 28, 28), each image changed in a way of its own.
 
     Uniform up to these limits: `degrees` of rotation, factors 1 +- `scale` of width and height, `shear`, and
-    `shift` in pixels. Then an elastic deformation (Simard et al., 2003): a smooth field that moves the pixels by
-    `bend` pixels (standard deviation). Never flipped: a mirrored 2 is no 2. All of it makes one grid of places to
-    look at, so that an image is resampled only once, bilinearly.
-    """
+    `shift` in pixels. Then an elastic deformation (Simard et al., 2003): a smooth field that moves pixels by
+    `bend` pixels (standard deviation). Never flipped: a mirrored 2 is no 2. All of it makes one grid of
+    places to look at, so that an image is resampled only once, bilinearly. """
     size = images.shape[-1]
-    angle, wide, high, slant, right, down = 2 * torch.rand(6, len(images), generator=generator) - 1
+    angle, wide, high, slant, right, down = 2 * torch.rand(6, len(images), generator=random) - 1
     cos, sin = torch.cos(angle * math.radians(degrees)), torch.sin(angle * math.radians(degrees))
     wide, high, slant = 1 + wide * scale, 1 + high * scale, slant * shear
     right, down = right * shift * 2 / size, down * shift * 2 / size  # the grid goes from -1 to 1
     affine = torch.stack([wide * cos, slant - high * sin, right, wide * sin, high * cos, down], dim=1)
-    grid = F.affine_grid(affine.view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)  # (B, 28, 28, 2)
+    grid = F.affine_grid(affine.view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
+    # (B, 28, 28, 2): for each pixel of the result, where in the image to look
 
-    # A random push on every fourth pixel, spread to its neighbours by a Gaussian, first along one axis, then along
-    # the other. Its rows have length 1, so that the spread pushes vary as much as the pushes.
-    pushes = torch.randn(len(images), 2, size // 4, size // 4, generator=generator)
+    # A random push on every fourth pixel, spread to its neighbours by a Gaussian, along one axis and then
+    # along the other. The rows of `spread` have length 1: so the field varies as much as the pushes.
+    pushes = torch.randn(len(images), 2, size // 4, size // 4, generator=random)
     distance = torch.arange(size)[:, None] - (1.5 + torch.arange(0, size, 4))
     spread = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7)
     field = spread @ pushes @ spread.T  # (B, 2, 28, 28)
@@ -57,21 +56,20 @@ def augment(images: Tensor, generator: torch.Generator, degrees: float = 15, sca
 class AugmentedDigits(Dataset):
     """Hands out augmented images and labels, a whole batch at a time.
 
-    A batch is asked for by sample numbers, which differ from epoch to epoch (see sample_numbers in common.py). The
-    first of them seeds its augmentation: so no two batches are alike, and how many workers there are changes nothing.
-    """
+    A batch is asked for by its sample numbers, which differ from epoch to epoch (sample_numbers in
+    common.py). The first seeds its augmentation: so no two batches are alike, and the number of workers
+    changes nothing. """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         self.images, self.labels, self.seed = images, labels, seed
 
     def __getitems__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         index = numbers % len(self.images)
-        generator = torch.Generator().manual_seed((self.seed << 32) + numbers[0].item())
-        return augment(self.images[index], generator), self.labels[index]
+        return augment(self.images[index], generator(self.seed, numbers[0].item())), self.labels[index]
 
 
 def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:
-    """The batches of all epochs, made by `recipe.workers` processes, which live as long as the training does."""
+    """The batches of all epochs, made by `recipe.workers` processes that live as long as the training."""
     return iter(DataLoader(AugmentedDigits(images, labels, recipe.seed), collate_fn=tuple,
                            batch_sampler=sample_numbers(len(images), recipe, first_epoch),
                            num_workers=recipe.workers, pin_memory=recipe.device.startswith("cuda")))

@@ -3,14 +3,15 @@
     python mini_vit_concat.py             16 layers, 16 heads x 98 = 1568 wide, 493M parameters, for a GPU
     python mini_vit_concat.py --small     the same on patches of 7 x 7 pixels, for a CPU
 
-Does a deep network forget its input? Here it cannot: the image is concatenated with what the previous block made
-of it, the block works on both halves, 784 + 784 = 1568 wide, and a linear layer brings them back to 784.
+Does a deep network forget its input? This one cannot: the image is concatenated with what the previous block
+made of it, the block works on both halves, 784 + 784 = 1568 wide, and a linear layer brings them back to 784.
 """
 
 import torch
 from torch import Tensor, nn
 
-from common import Block, Head, Recipe, embedding, run
+from common import Block, Recipe, run
+from mini_vit import Head, embedding
 
 FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.1,
               epochs=50, batch_size=512, lr=2e-4, weight_decay=0.05)

@@ -1,16 +1,17 @@
-"""mini_vit_crossattn.py: encoder and decoder; every decoder layer looks back at the image through cross-attention.
+"""mini_vit_crossattn.py: every layer of a decoder looks back at the image through cross-attention.
 
     python mini_vit_crossattn.py             12 layers of three blocks, 784 wide, 266M parameters, for a GPU
     python mini_vit_crossattn.py --small     the same on patches of 7 x 7 pixels, for a CPU
 
 mini_vit_concat.py puts the image beside the stream. Here the stream asks for what it needs: in each layer its
-queries meet keys and values from an encoder block of the layer's own, which is fed the original image. The digits
-are augmented as in mini_vit_augment.py.
+queries meet keys and values from an encoder block of that layer's own, which is fed the original image. The
+digits are augmented as in mini_vit_augment.py.
 """
 
 from torch import Tensor, nn
 
-from common import Block, Head, Recipe, embedding, run
+from common import Block, Recipe, run
+from mini_vit import Head, embedding
 from mini_vit_augment import augmented_batches
 
 FULL = Recipe(layers=12, heads=14, dim=784, patch_size=28, dropout=0.1,
@@ -32,7 +33,7 @@ class CrossBlock(Block):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention on the stream, then cross-attention to what the layer's own encoder makes of the image."""
+    """Self-attention on the stream, then cross-attention to what the layer's encoder makes of the image."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class DecoderLayer(nn.Module):
 
 
 class CrossViT(nn.Module):
-    """Images (B, 1, 28, 28) to logits (B, 10); flat or on patches, as in mini_vit.py. The stream starts as the image."""
+    """Images (B, 1, 28, 28) to logits (B, 10), flat or on patches. The stream x starts as the image."""
 
     def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0) -> None:
         super().__init__()

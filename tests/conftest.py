@@ -1,0 +1,39 @@
+"""The scripts lie beside this folder; tests import them, and run them without a network."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def quiet_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers for each test, and no download that leaves the machine."""
+    import torchvision
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network in tests")
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Calls a script's main() with the options of a string; returns exit code, stdout, stderr."""
+
+    def call(script: object, options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *options.split()])
+        try:
+            script.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

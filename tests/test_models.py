@@ -1,0 +1,188 @@
+"""The models against oracles: torch's attention, a loop written from the formula, torchvision's ViT."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import common
+import mini_vit
+import mini_vit_augment
+import mini_vit_concat
+import mini_vit_crossattn
+
+MODELS = {
+    "mini_vit": (mini_vit.ViT, mini_vit.FULL, mini_vit.SMALL, 118_148_810),
+    "concat": (mini_vit_concat.ConcatViT, mini_vit_concat.FULL, mini_vit_concat.SMALL, 492_622_490),
+    "augment": (mini_vit.ViT, mini_vit_augment.FULL, mini_vit_augment.SMALL, 118_148_810),
+    "crossattn": (mini_vit_crossattn.CrossViT, mini_vit_crossattn.FULL, mini_vit_crossattn.SMALL, 265_841_866),
+}
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def build(name: str, flat: bool) -> nn.Module:
+    """The script's model: small on patches, or flat and as wide as in full size but with two layers."""
+    model, full, small, _ = MODELS[name]
+    return model(**({**full.sizes(), "layers": 2} if flat else small.sizes()))
+
+
+every_model = pytest.mark.parametrize("name, flat", [(name, flat) for name in MODELS if name != "augment"
+                                                     for flat in (True, False)])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_over_tokens_is_torchs(cross: bool) -> None:
+    ours, theirs = common.Attention(24, 3, qkv_bias=True), nn.MultiheadAttention(24, 3, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
+        theirs.out_proj.weight.copy_(ours.proj.weight)
+        theirs.out_proj.bias.copy_(ours.proj.bias)
+    x = torch.randn(5, 7, 24, requires_grad=True)
+    context = torch.randn(5, 7, 24, requires_grad=True) if cross else x
+    out, expected = ours(x, context if cross else None), theirs(x, context, context, need_weights=False)[0]
+    torch.testing.assert_close(out, expected)
+
+    ahead = torch.randn_like(out)
+    inputs = [x, context] if cross else [x]
+    ours_grads = torch.autograd.grad(out, [*inputs, ours.query.weight, ours.key.weight, ours.value.weight], ahead)
+    theirs_grads = torch.autograd.grad(expected, [*inputs, theirs.in_proj_weight], ahead)
+    torch.testing.assert_close(torch.cat(ours_grads[-3:]), theirs_grads[-1])
+    torch.testing.assert_close(ours_grads[:-3], theirs_grads[:-1])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_over_features_is_the_formula(cross: bool) -> None:
+    attention, heads, width = common.Attention(12, 3), 3, 4
+    x = torch.randn(2, 12)
+    context = torch.randn(2, 12) if cross else x
+    with torch.no_grad():
+        query, key, value = attention.query(x), attention.key(context), attention.value(context)
+    out = torch.zeros(2, 12)
+    for b in range(2):
+        for head in range(heads):
+            first = head * width
+            for i in range(first, first + width):
+                scores = [math.exp(query[b, i] * key[b, j]) for j in range(first, first + width)]
+                for j in range(first, first + width):
+                    out[b, i] += scores[j - first] / sum(scores) * value[b, j]
+    torch.testing.assert_close(attention(x, context if cross else None), attention.proj(out))
+
+
+@pytest.mark.parametrize("shape", [(4, 56), (4, 9, 56)])
+@pytest.mark.parametrize("cross", [False, True])
+def test_fused_attention_is_the_written_out_one(shape: tuple[int, ...], cross: bool) -> None:
+    attention, x = common.Attention(56, 4), torch.randn(shape, requires_grad=True)
+    context = torch.randn(shape) if cross else None
+    fused = attention(x, context)
+    attention.fused = False
+    written = attention(x, context)
+    torch.testing.assert_close(fused, written)
+    torch.testing.assert_close(attention.weights.sum(-1), torch.ones(attention.weights.shape[:-1]))
+    ahead, parameters = torch.randn_like(fused), [x, *attention.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(fused, parameters, ahead),
+                               torch.autograd.grad(written, parameters, ahead))
+
+
+def test_vit_b_16_is_torchvisions() -> None:
+    ours = mini_vit.ViT(layers=12, heads=12, dim=768, patch_size=16, image_size=224, channels=3, classes=1000).eval()
+    theirs = torchvision.models.vit_b_16(weights=None).eval()
+    nn.init.normal_(theirs.heads.head.weight, std=0.02)  # torchvision starts with zeros, which would agree with all
+    nn.init.normal_(theirs.class_token)
+    weights = theirs.state_dict()
+    copied = {"embed.linear.weight": weights["conv_proj.weight"].flatten(1), "embed.linear.bias": weights["conv_proj.bias"],
+              "embed.class_token": weights["class_token"], "embed.positions": weights["encoder.pos_embedding"]}
+    for part in ("weight", "bias"):
+        copied[f"head.norm.{part}"] = weights[f"encoder.ln.{part}"]
+        copied[f"head.linear.{part}"] = weights[f"heads.head.{part}"]
+        for i in range(12):
+            block, layer = f"blocks.{i}", f"encoder.layers.encoder_layer_{i}"
+            for name, qkv in zip(("query", "key", "value"),
+                                 weights[f"{layer}.self_attention.in_proj_{part}"].chunk(3)):
+                copied[f"{block}.attention.{name}.{part}"] = qkv
+            for mine, name in {"attention.proj": "self_attention.out_proj", "norm1": "ln_1", "norm2": "ln_2",
+                               "mlp.0": "mlp.0", "mlp.2": "mlp.3"}.items():
+                copied[f"{block}.{mine}.{part}"] = weights[f"{layer}.{name}.{part}"]
+    ours.load_state_dict(copied)
+    assert count(ours) == 86_567_656
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert expected.std() > 0.1
+        assert (ours(images) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name: str) -> None:
+    model, full, small, parameters = MODELS[name]
+    with torch.device("meta"):
+        assert count(model(**full.sizes())) == parameters
+        assert count(model(**small.sizes())) <= parameters / 100
+    assert full.patch_size == 28 and small.patch_size < 28
+
+
+@every_model
+def test_every_parameter_gets_a_gradient(name: str, flat: bool) -> None:
+    model = build(name, flat)
+    nn.functional.cross_entropy(model(torch.randn(6, 1, 28, 28)), torch.arange(6)).backward()
+    without = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    # The keys' bias adds the same to all scores of a query, and softmax does not see that.
+    assert [name for name in without if not name.endswith("key.bias")] == []
+
+
+@every_model
+def test_images_of_a_batch_do_not_influence_each_other(name: str, flat: bool) -> None:
+    model, images = build(name, flat).eval(), torch.randn(7, 1, 28, 28)
+    with torch.no_grad():
+        logits = model(images)
+        order = torch.randperm(7)
+        torch.testing.assert_close(model(images[order]), logits[order], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(images[:1]), logits[:1], atol=1e-4, rtol=1e-4)
+        other = images.clone()
+        other[3] = 0
+        assert (model(other)[3] - logits[3]).abs().max() > 1e-3
+        torch.testing.assert_close(model(other)[4:], logits[4:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_order_of_patches_matters_because_of_positions() -> None:
+    model, images = build("mini_vit", flat=False).eval(), torch.randn(2, 1, 28, 28)
+    turned = images.roll(7, dims=-1)  # the same patches in other places
+    assert (model(images) - model(turned)).abs().max() > 1e-3
+    nn.init.zeros_(model.embed.positions)
+    torch.testing.assert_close(model(images), model(turned), atol=1e-4, rtol=1e-4)
+
+
+def test_patches_are_the_squares_of_the_image() -> None:
+    embed = mini_vit.PatchEmbedding(16, 4, image_size=8, channels=1)
+    nn.init.eye_(embed.linear.weight), nn.init.zeros_(embed.linear.bias), nn.init.zeros_(embed.positions)
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    torch.testing.assert_close(embed(image)[0, 2], image[0, 0, :4, 4:].flatten())  # 0 is the class token
+
+
+@every_model
+def test_every_model_overfits_64_digits(name: str, flat: bool) -> None:
+    images, labels = common.draw_digits(64, seed=0)
+    model, images = build(name, flat), common.normalise(images)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4 if flat else 3e-3)
+    for step in range(200):
+        logits = model(images)
+        nn.functional.cross_entropy(logits, labels).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (model.eval()(images).argmax(1) == labels).all():
+            return
+        model.train()
+    pytest.fail(f"{(model.eval()(images).argmax(1) == labels).sum()} of 64 digits after {step + 1} steps")
+
+
+def test_sizes_that_do_not_fit_are_told() -> None:
+    sizes = dict(layers=1, heads=4, dim=64, patch_size=7)
+    for wrong, word in ({"heads": 5}, "heads"), ({"patch_size": 5}, "patch"), ({"patch_size": 28}, "784"):
+        with pytest.raises(ValueError, match=word):
+            mini_vit.ViT(**{**sizes, **wrong})
