@@ -19,7 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 
 class Problem(ValueError):
-    """What a person can mend: the message says what is wrong and what to do, in a sentence."""
+    """An error that the user can fix: the message says what is wrong and what to do, in a sentence."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,8 +49,9 @@ class Attention(nn.Module):
     The shape of the input says what attends to what.
     (B, N, D): the N tokens, as in every ViT. A head sees N tokens of width d.
     (B, D), a flat image: its features. The image is one token, and softmax over one token is always 1, so
-    attention over tokens would do nothing. Instead the d features of a head attend to each other, as d tokens
-    of width 1: the one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
+    attention over tokens would do nothing. But query, key and value of a head are d numbers each: taken as d
+    tokens of width 1, they attend to each other, number i to number j with softmax_j(query[i] * key[j]). This
+    is the one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
 
     Queries come from x; keys and values from the context, which has x's shape, or from x if there is none.
     Raises Problem when the heads do not divide dim.
@@ -69,9 +70,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
-        """Cuts the last axis into heads, each with its tokens and their width."""
-        x = x.unflatten(-1, (self.heads, -1))
-        return x.unsqueeze(3) if x.dim() == 3 else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
+        """Cuts the last axis into heads, each with tokens of some width."""
+        flat, x = x.dim() == 2, x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
+        return x.unsqueeze(3) if flat else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -83,12 +84,12 @@ class Attention(nn.Module):
             self.weights = scores.softmax(dim=-1)
             out = self.weights @ value
         if x.dim() == 3:
-            out = out.transpose(1, 2)  # (B, N, H, d)
+            out = out.transpose(1, 2)  # (B, H, N, d) to (B, N, H, d)
         return self.proj(out.reshape(x.shape))
 
 
 class MLP(nn.Sequential):
-    """Two linear layers, four times as wide between them as around. The shape (..., D) stays."""
+    """Two linear layers, 4 D wide between them; the shape (..., D) stays."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -123,7 +124,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Random numbers that follow from all of these (torch looks at the lowest 32 bits of a seed, so mix them)."""
+    """Random numbers that follow from all of these. (torch keeps 32 bits of a seed, so they are hashed.)"""
     return torch.Generator().manual_seed(hash(numbers) % 2**32)
 
 
@@ -140,16 +141,14 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return F.grid_sample(torch.stack(pictures)[labels], grid, align_corners=False).squeeze(1).byte(), labels
 
 
-def check_files(raw: Path, resources: list[tuple[str, str]]) -> None:
-    """Raises Problem for the first damaged file. (torchvision checks only what it has just downloaded.)"""
+def check_unpacked(raw: Path, resources: list[tuple[str, str]]) -> None:
+    """Raises Problem for the first damaged file. (torchvision itself checks only packed files.)"""
     for file, md5 in resources:
         packed, unpacked = raw / file, raw / file.removesuffix(".gz")
-        if packed.exists() and not check_integrity(packed, md5):
-            raise Problem(f"{packed} is damaged: delete it and run again, it is then downloaded anew")
         if unpacked.exists():
             content, count = unpacked.read_bytes(), 60_000 if file.startswith("train") else 10_000
             sound = len(content) == (16 + 784 * count if "images" in file else 8 + count)
-            if packed.exists():  # a .gz file ends with the checksum of what is in it, and its length
+            if check_integrity(packed, md5):  # a .gz file ends with its content's checksum and length
                 sound = zlib.crc32(content) == int.from_bytes(packed.read_bytes()[-8:-4], "little")
             if not sound:
                 raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
@@ -167,11 +166,14 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
     root = Path(data_dir or Path(__file__).parent / "data")
     raw = root / source.__name__ / "raw"
     try:
-        check_files(raw, source.resources)
-        socket.setdefaulttimeout(30)  # seconds, after which torchvision tries the next mirror
+        check_unpacked(raw, source.resources)
+        socket.setdefaulttimeout(30)  # seconds without an answer
         with contextlib.redirect_stdout(sys.stderr):  # where torchvision says what it downloads
             train, test = (source(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
+        for file, md5 in source.resources:
+            if (raw / file).exists() and not check_integrity(raw / file, md5):
+                raise Problem(f"{raw / file} is damaged and cannot be downloaded: replace it") from error
         reason, files = " ".join(str(error).split()), ", ".join(file for file, _ in source.resources)
         missing = (f"{source.__name__} is not on disk and cannot be downloaded ({reason}): put {files} into "
                    f"{raw}, or choose --dataset drawn")
@@ -186,7 +188,7 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
 def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterator[Tensor]:
     """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
 
-    The order follows from the seed and the epoch. Digits too few for a last batch wait for the next epoch.
+    The order follows from the seed and the epoch. What does not fill a last batch is left out of its epoch.
     """
     for epoch in range(first_epoch, recipe.epochs):
         numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
@@ -226,7 +228,7 @@ class Recipe:
     validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
     dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
-    workers: Annotated[int | None, 0, "processes that augment (default 4 beside a GPU, 0 on a CPU)"] = None
+    workers: Annotated[int | None, 0, "processes that augment, if any do (default 4, on a CPU 0)"] = None
     device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
     compile: Annotated[bool | None, "torch.compile the model (default on Linux with CUDA)"] = None
 
@@ -244,11 +246,6 @@ class Recipe:
         """What a model is made from."""
         return {name: getattr(self, name) for name in ("layers", "heads", "dim", "patch_size", "dropout")}
 
-    def __str__(self) -> str:
-        """The recipe as one would type it."""
-        typed = [f"{option(name)} {value}".removesuffix(" True") for name, value in asdict(self).items()]
-        return " ".join(part for part in typed if not part.endswith((" None", " False")))
-
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Grows over the first tenth of the steps, then falls along half a cosine."""
@@ -260,15 +257,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101); only matrices decay."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if p.dim() == 2]},
+              {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA, which is made for it; float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def mixed_precision(device: str) -> torch.autocast:
+    """bfloat16 on a GPU that is made for it; float32 elsewhere."""
+    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
 
 def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer,
@@ -278,43 +275,41 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torc
     Raises Problem when the loss is no longer a number.
     """
     model.train()
-    device, read_at = torch.device(recipe.device), 0.0
-    losses, right = torch.zeros(steps, device=device), torch.zeros((), device=device)
-    with tqdm(total=steps * recipe.batch_size, desc=f"epoch {epoch + 1}", unit=" images", leave=False) as bar:
-        for step, (images, labels) in enumerate(itertools.islice(batches, steps)):
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch * steps + step, recipe.epochs * steps, recipe.lr)
-            with mixed_precision(device):
-                logits = model(normalise(images))
-                loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    pinned, read_at = recipe.device.startswith("cuda"), 0.0
+    losses, right = torch.zeros(steps, device=recipe.device), torch.zeros((), device=recipe.device)
+    bar = tqdm(itertools.islice(batches, steps), desc=f"epoch {epoch + 1}", total=steps, leave=False,
+               unit=" images", unit_scale=recipe.batch_size)
+    for step, (images, labels) in enumerate(bar):
+        images, labels = (part.to(recipe.device, non_blocking=pinned) for part in (images, labels))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch * steps + step, recipe.epochs * steps, recipe.lr)
+        with mixed_precision(recipe.device):
+            logits = model(normalise(images))
+            loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            losses[step] = loss.detach()
-            right += (logits.argmax(dim=1) == labels).sum()
-            if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # seldom: a GPU is waited for
-                read_at = time.perf_counter()
-                for bad in losses[: step + 1].isfinite().logical_not().nonzero().flatten().tolist():
-                    raise Problem(f"the loss is {losses[bad]} in step {epoch * steps + bad + 1}: lower --lr")
-                bar.set_postfix(loss=f"{losses[step]:.3f}", refresh=False)
-                bar.update((step + 1) * recipe.batch_size - bar.n)
+        losses[step] = loss.detach()
+        right += (logits.argmax(dim=1) == labels).sum()
+        if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # rarely: reading waits for the GPU
+            read_at = time.perf_counter()
+            bar.set_postfix(loss=f"{losses[step]:.3f}")
+            bad = losses.isfinite().logical_not().nonzero()
+            if len(bad):
+                number = epoch * steps + bad[0].item() + 1
+                raise Problem(f"the loss is {losses[bad[0]].item()} in step {number}: choose a lower --lr")
     return losses.mean().item(), right.item() / (steps * recipe.batch_size)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """The model's probabilities (N, 10), on the CPU, for images (N, 28, 28); without dropout."""
+def predict(model: nn.Module, images: Tensor, device: str) -> Tensor:
+    """The model's probabilities for images (N, 28, 28), as (N, 10) on the CPU; without dropout."""
     model.eval()
     with mixed_precision(device):
         logits = torch.cat([model(normalise(part.to(device))) for part in images.split(500)])
     return logits.float().softmax(dim=1).cpu()
-
-
-def count_right(probabilities: Tensor, labels: Tensor) -> int:
-    return (probabilities.argmax(dim=1) == labels).sum().item()
 
 
 def train(model: nn.Module, batches: Iterator, steps: int, held_out: list[Tensor], recipe: Recipe) -> None:
@@ -327,8 +322,8 @@ def train(model: nn.Module, batches: Iterator, steps: int, held_out: list[Tensor
                 "training digits right")
         seconds = time.perf_counter() - start
         if recipe.validate:
-            right = count_right(predict(model, held_out[0], torch.device(recipe.device)), held_out[1])
-            line += f", {right / len(held_out[1]):.2%} of those held out"
+            right = predict(model, held_out[0], recipe.device).argmax(dim=1) == held_out[1]
+            line += f", {right.float().mean():.2%} of those held out"
         print(f"{line}, {seconds:.1f} s", flush=True)
 
 
@@ -347,12 +342,10 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     parser = argparse.ArgumentParser(usage="%(prog)s [--small] [options]", description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Recipe):
-        kind, *_, meaning = (field.type.__origin__, *field.type.__metadata__)
+        kind, meaning = field.type.__origin__, field.type.__metadata__[-1]
         how = {"type": (get_args(kind) or [kind])[0], "metavar": "X"}
-        if kind is bool:
-            how = {"action": "store_true"}
-        elif kind == bool | None:
-            how = {"action": argparse.BooleanOptionalAction}
+        if how["type"] is bool:
+            how = {"action": argparse.BooleanOptionalAction if kind == bool | None else "store_true"}
         elif getattr(full, field.name) is not None:
             meaning += f" (default {getattr(full, field.name)}; small {getattr(small, field.name)})"
         parser.add_argument(option(field.name), default=argparse.SUPPRESS, help=meaning, **how)
@@ -360,14 +353,13 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     return replace(small if "small" in given else full, **given)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or the fastest there is. Raises Problem when it is not to be had."""
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def choose_device(name: str | None) -> str:
+    """The device asked for, or the fastest there is. Raises Problem when it is not available."""
     try:
-        return torch.zeros(1, device=name).device
+        fastest = torch.accelerator.current_accelerator(check_available=True)  # None where there is but a CPU
+        return str(torch.zeros(1, device=name or fastest).device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
 
 
@@ -391,15 +383,15 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
     kind, what = "test", f"{name} test digits"
     if recipe.validate:
         kind, what = "validation", f"held-out {name} training digits"
-        images, test_images = images.split(len(images) - 5000)
-        labels, test_labels = labels.split(len(labels) - 5000)
+        test_images, test_labels = images[-5000:], labels[-5000:]
+        images, labels = images[:-5000], labels[:-5000]
     steps, total = len(images) // recipe.batch_size, len(test_images)
     if steps == 0:
         raise Problem(f"--batch-size {recipe.batch_size} is more than all {len(images)} digits: lower it")
-    chosen = {"workers": 0 if device.type == "cpu" else min(4, os.cpu_count()),
-              "compile": device.type == "cuda" and sys.platform == "linux"}
-    chosen = {option: value for option, value in chosen.items() if getattr(recipe, option) is None}
-    recipe = replace(recipe, dataset=name, device=str(device), **chosen)
+    chosen = {"workers": 0 if device.startswith("cpu") else min(4, os.cpu_count() or 1),
+              "compile": device.startswith("cuda") and sys.platform == "linux"}
+    chosen = {name: value for name, value in chosen.items() if getattr(recipe, name) is None}
+    recipe = replace(recipe, dataset=name, device=device, **chosen)
     print(f"{script}: {parameters:,} parameters, {device}, {len(images)} {name} digits, {recipe}", flush=True)
 
     accuracies = []
@@ -407,8 +399,9 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
         torch.manual_seed(seed)
         model, one = build(**recipe.sizes()).to(device), replace(recipe, seed=seed)
         if recipe.compile:
+            torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()
-        if device.type == "cpu" and not recipe.small and recipe.epochs:
+        if device.startswith("cpu") and not recipe.small and recipe.epochs:
             start = time.perf_counter()
             model(normalise(images[: recipe.batch_size])).sum().backward()
             model.zero_grad()
@@ -416,7 +409,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
             print(f"an epoch will take about {minutes:.0f} minutes here; --small is for a CPU", flush=True)
         train(model, iter(batches(images, labels, one)), steps, [test_images, test_labels], one)
         probabilities = predict(model, test_images, device)
-        right = count_right(probabilities, test_labels)
+        right = (probabilities.argmax(dim=1) == test_labels).sum().item()
         accuracies.append(right / total)
         show_ten(probabilities, test_labels, what)
         print(f"{kind} accuracy: {right / total:.2%} ({right} of {total} {what})", flush=True)
@@ -435,11 +428,12 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
     script = Path(script).name
     try:
         recipe = read_options(about, full, small)
-        experiment(script, build, recipe, batches)
-        return
+        return experiment(script, build, recipe, batches)
     except Problem as problem:
         sentence = str(problem)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:  # on a CPU and on MPS it is no OutOfMemoryError
+        if not any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
+            raise
         sentence = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
     print(f"{script}: {sentence}", file=sys.stderr)
     sys.exit(2)

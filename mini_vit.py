@@ -1,12 +1,13 @@
 """mini_vit.py: a transformer that sees the whole digit as one vector.
 
     python mini_vit.py             16 layers, 14 heads x 56 = 784 wide, 118M parameters, for a GPU
-    python mini_vit.py --small     the paper's ViT with patches of 7 x 7 pixels, 0.3M parameters, for a CPU
+    python mini_vit.py --small     the paper's ViT with patches of 7 x 7 pixels, 0.2M parameters, for a CPU
 
 The flat 28 x 28 image goes into the first block as it is, with no projection. A transformer works on a
 sequence of tokens, and this is a sequence of one. So attention is not over tokens here but over features: see
 Attention in common.py. With patches, the same class is the Vision Transformer of "An Image is Worth 16x16
-Words" (Dosovitskiy et al., 2020, arXiv 2010.11929). """
+Words" (Dosovitskiy et al., 2020, arXiv 2010.11929).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from common import Block, Problem, Recipe, run
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
               epochs=50, batch_size=512, lr=3e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=6, heads=4, dim=64, patch_size=7,
+SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1,
                epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
@@ -24,9 +25,10 @@ class PatchEmbedding(nn.Module):
     """Images (B, C, S, S) to tokens (B, N, D), one for each patch and a class token: N = 1 + (S /
     patch_size)^2.
 
-    Each patch goes through the same linear layer. Before them goes the class token, which will carry the
-    answer. A learned vector is added to each place, or no place could be told from another. Raises Problem
-    when the patches do not fill the image. """
+    Each patch goes through the same linear layer. The class token, which will carry the answer, goes first. A
+    learned vector is added for each place, or no place could be told from another. Raises Problem when the
+    patches do not fill the image.
+    """
 
     def __init__(self, dim: int, patch_size: int, image_size: int, channels: int) -> None:
         super().__init__()
@@ -48,9 +50,9 @@ def embedding(dim: int, patch_size: int, image_size: int = 28, channels: int = 1
     of shape to (B, D). Raises Problem when the flat image is not `dim` wide."""
     if patch_size != image_size:
         return PatchEmbedding(dim, patch_size, image_size, channels)
-    if dim != channels * image_size**2:
-        raise Problem(f"a flat image is {channels * image_size**2} wide, not --dim {dim}: choose that, or a "
-                      f"--patch-size below {image_size}")
+    width = channels * image_size**2
+    if dim != width:
+        raise Problem(f"a flat image is {width} wide, not {dim}: choose --dim {width}, or smaller patches")
     return nn.Flatten()
 
 
@@ -73,13 +75,14 @@ class ViT(nn.Module):
 
     With a patch as big as the image it is flat, and a block sees (B, D). With smaller ones it is the paper's
     ViT, and a block sees (B, N, D). ViT-B/16 is layers=12, heads=12, dim=768, patch_size=16, image_size=224,
-    channels=3, classes=1000. """
+    channels=3, classes=1000.
+    """
 
     def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
                  image_size: int = 28, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
         self.embed = embedding(dim, patch_size, image_size, channels)
-        qkv_bias = patch_size < image_size  # the paper's has one
+        qkv_bias = patch_size < image_size  # the paper's ViT has one; nothing else here does
         self.blocks = nn.Sequential(*(Block(dim, heads, dropout, qkv_bias) for _ in range(layers)))
         self.head = Head(dim, classes)
 

@@ -1,12 +1,13 @@
 """mini_vit_augment.py: the model of mini_vit.py, on digits that are never twice the same.
 
     python mini_vit_augment.py             118M parameters, for a GPU
-    python mini_vit_augment.py --small     0.3M parameters, for a CPU
+    python mini_vit_augment.py --small     0.2M parameters, for a CPU
 
 A network with more parameters than its training set has pixels can learn that set by heart. So it never sees
 a digit twice: each is turned, sized, slanted, moved and bent anew whenever it is looked at. A GPU must not
 wait for that. Two things see to it: a whole batch is augmented in one vectorised step, and worker processes
-prepare the next batches while the model learns from this one. """
+prepare the next batches while the model learns from this one.
+"""
 
 import math
 from collections.abc import Iterator
@@ -21,18 +22,19 @@ from mini_vit import ViT
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
               epochs=100, batch_size=512, lr=3e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=6, heads=4, dim=64, patch_size=7,
-               epochs=24, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7,
+               epochs=28, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
-def augment(images: Tensor, random: torch.Generator, degrees: float = 15, scale: float = 0.15,
-            shear: float = 0.15, shift: float = 2.5, bend: float = 1.2) -> Tensor:
+def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale: float = 0.1,
+            shear: float = 0.1, shift: float = 1.5, bend: float = 0.8) -> Tensor:
     """Bytes (B, 28, 28) to bytes (B, 28, 28), each image changed in a way of its own.
 
     Uniform up to these limits: `degrees` of rotation, factors 1 +- `scale` of width and height, `shear`, and
     `shift` in pixels. Then an elastic deformation (Simard et al., 2003): a smooth field that moves pixels by
     `bend` pixels (standard deviation). Never flipped: a mirrored 2 is no 2. All of it makes one grid of
-    places to look at, so that an image is resampled only once, bilinearly. """
+    places to look at, so that an image is resampled only once, bilinearly.
+    """
     size = images.shape[-1]
     angle, wide, high, slant, right, down = 2 * torch.rand(6, len(images), generator=random) - 1
     cos, sin = torch.cos(angle * math.radians(degrees)), torch.sin(angle * math.radians(degrees))
@@ -58,20 +60,21 @@ class AugmentedDigits(Dataset):
 
     A batch is asked for by its sample numbers, which differ from epoch to epoch (sample_numbers in
     common.py). The first seeds its augmentation: so no two batches are alike, and the number of workers
-    changes nothing. """
+    changes nothing.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         self.images, self.labels, self.seed = images, labels, seed
 
-    def __getitems__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        index = numbers % len(self.images)
-        return augment(self.images[index], generator(self.seed, numbers[0].item())), self.labels[index]
+    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(numbers) % len(self.images)
+        return augment(self.images[index], generator(self.seed, numbers[0])), self.labels[index]
 
 
 def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:
     """The batches of all epochs, made by `recipe.workers` processes that live as long as the training."""
     return iter(DataLoader(AugmentedDigits(images, labels, recipe.seed), collate_fn=tuple,
-                           batch_sampler=sample_numbers(len(images), recipe, first_epoch),
+                           batch_sampler=map(Tensor.tolist, sample_numbers(len(images), recipe, first_epoch)),
                            num_workers=recipe.workers, pin_memory=recipe.device.startswith("cuda")))
 
 

@@ -16,8 +16,8 @@ from mini_vit_augment import augmented_batches
 
 FULL = Recipe(layers=12, heads=14, dim=784, patch_size=28, dropout=0.1,
               epochs=100, batch_size=512, lr=3e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=3, heads=4, dim=64, patch_size=7,
-               epochs=16, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(small=True, layers=2, heads=4, dim=64, patch_size=7,
+               epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
 class CrossBlock(Block):

@@ -1,0 +1,142 @@
+"""The scripts as a person runs them, and the house's own rules."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import mini_vit
+import mini_vit_augment
+import mini_vit_concat
+import mini_vit_crossattn
+
+SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
+TINY = "--small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
+LAST = r"test accuracy: (\d+\.\d\d)% \((\d+) of (\d+) drawn test digits\)"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_script_runs_from_any_folder(script: object, tmp_path: object) -> None:
+    done = subprocess.run([sys.executable, script.__file__, *TINY.split(), "--workers", "1"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    name = script.__name__ + ".py"
+    assert re.match(rf"{name}: [\d,]+ parameters, \w+, 10000 drawn digits, Recipe.small=True, ", lines[0])
+    assert re.match(r"epoch 1 of 1: loss \d\.\d+, [\d.]+% of the drawn training digits right, ", lines[1])
+    answers = [line for line in lines if re.match(r"  \d: ( +\d +\d+\.\d%){3}", line)]
+    assert len(answers) == 10
+    percent, right, total = re.fullmatch(LAST, lines[-1]).groups()
+    assert float(percent) == pytest.approx(100 * int(right) / int(total)) and total == "2000"
+    assert "images/s" in done.stderr and "loss=" in done.stderr and "%" in done.stderr  # the bar
+
+
+def test_zero_epochs_evaluates_only(command_line: object) -> None:
+    code, out, _ = command_line(mini_vit, TINY + " --epochs 0")
+    assert code == 0 and "epoch 1" not in out and re.fullmatch(LAST, out.splitlines()[-1])
+
+
+def test_seeds_and_validation(command_line: object) -> None:
+    code, out, _ = command_line(mini_vit, TINY + " --seeds 2 --seed 5 --validate --batch-size 500")
+    what = "5000 held-out drawn training digits"
+    accuracies = re.findall(rf"^validation accuracy: (.*)% \(\d+ of {what}\)$", out, re.M)
+    pattern = rf"validation accuracy: (.*)% \+- (.*)% \(mean and standard deviation of 2 seeds, {what}\)"
+    mean, deviation = re.fullmatch(pattern, out.splitlines()[-1]).groups()
+    first, second = map(float, accuracies)
+    assert code == 0 and "% of those held out" in out and first != second
+    assert float(mean) == pytest.approx((first + second) / 2, abs=0.006)
+    assert float(deviation) == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
+
+
+def test_help_says_each_option_with_its_default(command_line: object) -> None:
+    code, out, _ = command_line(mini_vit, "--help")
+    assert code == 0
+    for field in common.fields(common.Recipe):
+        assert common.option(field.name) in out and field.type.__metadata__[-1].split()[-1] in out
+    assert "(default 16; small" in " ".join(out.split()) and "a transformer" in out
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--heads 15", "heads do not divide"),
+    ("--small --heads 3", "heads do not divide"),
+    ("--small --patch-size 5", "--patch-size 5 does not divide 28"),
+    ("--patch-size 56", "--patch-size 56 does not divide 28"),
+    ("--dim 512", "--dim 784"),
+    ("--epochs -1", "--epochs -1"),
+    ("--batch-size 0", "--batch-size 0"),
+    ("--lr nan", "--lr nan"),
+    ("--lr -1", "--lr -1"),
+    ("--dropout 1", "--dropout 1"),
+    ("--seeds 0", "--seeds 0"),
+    ("--workers -1", "--workers -1"),
+    ("--dataset CIFAR10", "--dataset CIFAR10"),
+    ("--device nowhere", "--device nowhere"),
+    ("--dataset FashionMNIST --data-dir /nowhere/at/all", "FashionMNIST is not on disk"),
+    ("--dataset drawn --batch-size 10001", "--batch-size 10001"),
+    ("--small --dataset drawn --lr 1e12 --epochs 1", "in step"),
+])
+def test_what_a_person_can_mend_is_told_in_a_sentence(command_line: object, options: str, words: str) -> None:
+    code, _, err = command_line(mini_vit, options)
+    last = err.replace("\r", "\n").splitlines()[-1].strip()
+    assert code == 2 and words in last and last.startswith("mini_vit.py: ") and "Traceback" not in err
+    assert ": " in last.removeprefix("mini_vit.py: ")  # and what to do
+
+
+def test_what_argparse_refuses_has_the_same_exit_code(command_line: object) -> None:
+    for options in ("--layers many", "--no-such-option", "--epochs"):
+        code, _, err = command_line(mini_vit, options)
+        assert code == 2 and "error" in err and len(err.splitlines()) == 2
+
+
+def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(common, "train_epoch", full)
+    code, _, err = command_line(mini_vit, TINY + " --batch-size 512")
+    assert (code, err) == (2, "mini_vit.py: out of memory: choose a --batch-size below 512, or --small\n")
+
+
+def test_full_size_on_a_cpu_says_how_long(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "train_epoch", lambda *args: (1.0, 0.1))
+    monkeypatch.setattr(common, "predict", lambda model, images, device: torch.ones(len(images), 10))
+    code, out, _ = command_line(mini_vit, "--layers 1 --epochs 1 --dataset drawn --device cpu")
+    assert code == 0 and re.search(r"an epoch will take about \d+ minutes here; --small", out)
+
+
+def test_first_use_without_mnist(command_line: object, tmp_path: object) -> None:
+    code, out, err = command_line(mini_vit, f"--small --epochs 0 --data-dir {tmp_path}")
+    assert code == 0 and "WARNING" in err and re.fullmatch(LAST, out.splitlines()[-1])
+
+
+# the house
+
+
+def test_budgets() -> None:
+    for script in SCRIPTS:
+        assert len(open(script.__file__).readlines()) <= 150
+    assert len(open(common.__file__).readlines()) <= 450
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            assert len(line) <= 110, f"{file.name}:{number}"
+
+
+def test_the_commands_of_readme_and_docstrings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [ROOT.joinpath("README.md").read_text(), *(script.__doc__ for script in SCRIPTS)]
+    commands = {line for text in texts for line in re.findall(r"python (mini_vit\w*\.py[^`\n&#|]*)", text)}
+    assert len(commands) >= 8
+    for command in commands:
+        name, *options = command.split("  ")[0].split()
+        script = next(script for script in SCRIPTS if script.__file__.endswith("/" + name))
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        common.read_options("", script.FULL, script.SMALL)
+
+
+def test_nothing_happens_at_import() -> None:
+    code = "import mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,106 @@
+"""The schedule, the optimizer, and that training learns, repeats itself and stops when it must."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import common
+import mini_vit
+import mini_vit_augment
+import mini_vit_concat
+import mini_vit_crossattn
+
+SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
+TINY = "--small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
+
+
+@pytest.mark.parametrize("step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5), (99, 0.0003)])
+def test_learning_rate(step: int, expected: float) -> None:
+    assert common.learning_rate(step, 100, 1.0) == pytest.approx(expected, abs=1e-4)
+
+
+def test_learning_rate_of_short_runs() -> None:
+    assert [common.learning_rate(step, 1, 2.0) for step in range(1)] == [2.0]
+    assert common.learning_rate(0, 3, 2.0) == 2.0 > common.learning_rate(2, 3, 2.0) > 0
+
+
+@pytest.mark.parametrize("build", [mini_vit.ViT, mini_vit_concat.ConcatViT, mini_vit_crossattn.CrossViT])
+def test_matrices_decay_and_nothing_else(build: type) -> None:
+    model = build(**mini_vit.SMALL.sizes())
+    decay, rest = common.make_optimizer(model, common.replace(mini_vit.SMALL, weight_decay=0.3)).param_groups
+    assert decay["weight_decay"] == 0.3 and rest["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying = {names.pop(id(parameter)) for parameter in decay["params"]}
+    others = {names.pop(id(parameter)) for parameter in rest["params"]}
+    assert not names
+    assert all(name.endswith("weight") and "norm" not in name for name in decaying)
+    assert all(name.endswith("bias") or "norm" in name or name.startswith("embed.") for name in others)
+
+
+def test_predict_is_without_dropout_and_gradients() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+    images = common.draw_digits(1100, seed=0)[0]
+    first, second = (common.predict(model, images, "cpu") for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+    torch.testing.assert_close(first.sum(1), torch.ones(1100))
+    torch.testing.assert_close(first, model(common.normalise(images)).softmax(1))
+
+
+def losses(command_line: object, script: object, options: str) -> list[str]:
+    """What a run says of its epochs and its accuracy, without the seconds."""
+    code, out, err = command_line(script, options)
+    assert code == 0, err
+    lines = out.splitlines()
+    return [line.rsplit(",", 1)[0] for line in lines if line.startswith("epoch")] + lines[-1:]
+
+
+@pytest.mark.parametrize("script", [mini_vit, mini_vit_augment], ids=lambda script: script.__name__)
+def test_a_seed_repeats_itself_and_another_differs(command_line: object, script: object) -> None:
+    options = TINY + " --dropout 0.1 --epochs 2 --batch-size 1000"
+    first = losses(command_line, script, options)
+    assert losses(command_line, script, options) == first
+    assert losses(command_line, script, options + " --seed 1")[0] != first[0]
+    assert losses(command_line, script, options + " --workers 2") == first
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_short_run_on_drawn_digits_is_well_above_chance(command_line: object, script: object) -> None:
+    code, out, err = command_line(script, TINY + " --layers 2 --dim 32 --epochs 3 --lr 4e-3")
+    assert code == 0, err
+    accuracy = float(out.splitlines()[-1].split("%")[0].split()[-1])
+    assert accuracy > 50
+
+
+class Breaks(nn.Module):
+    """Its loss is not a number from the third step on."""
+
+    def __init__(self, **sizes: object) -> None:
+        super().__init__()
+        self.linear, self.steps = nn.Linear(784, 10), itertools.count()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(images.flatten(1)) * (math.nan if next(self.steps) >= 2 else 1)
+
+
+def test_a_loss_that_is_no_number_stops_with_its_step() -> None:
+    recipe = common.replace(mini_vit.SMALL, device="cpu", batch_size=10, epochs=1)
+    images, labels = common.draw_digits(100, seed=0)
+    model = Breaks()
+    optimizer = common.make_optimizer(model, recipe)
+    with pytest.raises(common.Problem, match="nan in step 3"):
+        common.train_epoch(model, common.plain_batches(images, labels, recipe), 10, optimizer, recipe, 0)
+
+
+def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGD with a rate of 1 in place of AdamW: no step may be longer than 1."""
+    recipe = common.replace(mini_vit.SMALL, device="cpu", batch_size=10, epochs=1, lr=1.0)
+    images, labels = common.draw_digits(10, seed=0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
+    nn.init.normal_(model[1].weight, std=10)
+    before = model[1].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    common.train_epoch(model, common.plain_batches(images, labels, recipe), 1, optimizer, recipe, 0)
+    assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)
