@@ -9,17 +9,18 @@ Letters in the shape comments: B images, N tokens, D width of a token, H heads, 
 """
 
 import argparse
-import contextlib
 import itertools
+import json
 import math
 import os
+import signal
 import socket
 import statistics
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -36,9 +37,7 @@ class Problem(ValueError):
     """An error that the user can fix: the message says what is wrong and what to do, in a sentence."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. attention and blocks
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. attention and blocks -------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -64,9 +63,7 @@ class Attention(nn.Module):
         if dim % heads:
             raise Problem(f"{heads} heads do not divide a width of {dim}: choose other --heads or --dim")
         self.heads = heads
-        self.query = nn.Linear(dim, dim, bias=qkv_bias)
-        self.key = nn.Linear(dim, dim, bias=qkv_bias)
-        self.value = nn.Linear(dim, dim, bias=qkv_bias)
+        self.query, self.key, self.value = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
@@ -111,9 +108,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. digits: images are bytes, (N, 28, 28), until they are on the device
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. digits: images are bytes, (N, 28, 28), until they are on the device --------------------------------
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
 
@@ -141,19 +136,6 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return F.grid_sample(torch.stack(pictures)[labels], grid, align_corners=False).squeeze(1).byte(), labels
 
 
-def check_unpacked(raw: Path, resources: list[tuple[str, str]]) -> None:
-    """Raises Problem for the first damaged file. (torchvision itself checks only packed files.)"""
-    for file, md5 in resources:
-        packed, unpacked = raw / file, raw / file.removesuffix(".gz")
-        if unpacked.exists():
-            content, count = unpacked.read_bytes(), 60_000 if file.startswith("train") else 10_000
-            sound = len(content) == (16 + 784 * count if "images" in file else 8 + count)
-            if check_integrity(packed, md5):  # a .gz file ends with its content's checksum and length
-                sound = zlib.crc32(content) == int.from_bytes(packed.read_bytes()[-8:-4], "little")
-            if not sound:
-                raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
-
-
 def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tensor], list[Tensor]]:
     """The data set's name, then images and labels for training, then for the test.
 
@@ -165,11 +147,17 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
     source = getattr(torchvision.datasets, name or "MNIST")
     root = Path(data_dir or Path(__file__).parent / "data")
     raw = root / source.__name__ / "raw"
+    for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
+        unpacked, count = raw / file.removesuffix(".gz"), 60_000 if "train" in file else 10_000
+        content = unpacked.read_bytes() if unpacked.exists() else None
+        sound = content is None or len(content) == (16 + 784 * count if "images" in file else 8 + count)
+        if content and check_integrity(raw / file, md5):  # a .gz file ends with its content's crc and length
+            sound = zlib.crc32(content) == int.from_bytes((raw / file).read_bytes()[-8:-4], "little")
+        if not sound:
+            raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
     try:
-        check_unpacked(raw, source.resources)
         socket.setdefaulttimeout(30)  # seconds without an answer
-        with contextlib.redirect_stdout(sys.stderr):  # where torchvision says what it downloads
-            train, test = (source(root, train=train, download=True) for train in (True, False))
+        train, test = (source(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         for file, md5 in source.resources:
             if (raw / file).exists() and not check_integrity(raw / file, md5):
@@ -195,17 +183,7 @@ def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterato
         yield from numbers.split(recipe.batch_size)[: size // recipe.batch_size]
 
 
-def plain_batches(images: Tensor, labels: Tensor, recipe: "Recipe", first_epoch: int = 0) -> Iterator:
-    """The batches of all epochs. All digits lie on the device (55 MB), where a batch is one indexing away."""
-    images, labels = images.to(recipe.device), labels.to(recipe.device)
-    for numbers in sample_numbers(len(images), recipe, first_epoch):
-        index = (numbers % len(images)).to(recipe.device)
-        yield [images[index], labels[index]]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. training
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. training -------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -225,6 +203,8 @@ class Recipe:
     weight_decay: Annotated[float, 0, "AdamW's weight decay, on matrices only"]
     seed: Annotated[int, 0, "what everything random follows from"] = 0
     seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
+    out: Annotated[str, "folder for the runs, in <script>-<dataset>[-small]-seed<N>"] = "runs"
+    resume: Annotated[bool, "go on from the run's checkpoint"] = False
     validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
     dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
@@ -236,7 +216,8 @@ class Recipe:
         for field in fields(self):
             value, (*lowest, meaning) = getattr(self, field.name), field.type.__metadata__
             if lowest and value is not None and not lowest[0] <= value < math.inf:
-                raise Problem(f"{option(field.name)} {value} does not work: choose {lowest[0]} or more")
+                name = field.name.replace("_", "-")
+                raise Problem(f"--{name} {value} does not work: choose {lowest[0]} or more")
         if self.dropout >= 1:
             raise Problem(f"--dropout {self.dropout} leaves nothing: choose a share below 1")
         if self.dataset not in (None, *DATASETS):
@@ -270,10 +251,8 @@ def mixed_precision(device: str) -> torch.autocast:
 
 def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer,
                 recipe: Recipe, epoch: int) -> tuple[float, float]:
-    """Learns from `steps` batches; returns the mean loss and the share of right answers on the way.
-
-    Raises Problem when the loss is no longer a number.
-    """
+    """Learns from `steps` batches; returns the mean loss and the share of right answers on the way. Raises
+    Problem when the loss is no longer a number."""
     model.train()
     pinned, read_at = recipe.device.startswith("cuda"), 0.0
     losses, right = torch.zeros(steps, device=recipe.device), torch.zeros((), device=recipe.device)
@@ -312,29 +291,55 @@ def predict(model: nn.Module, images: Tensor, device: str) -> Tensor:
     return logits.float().softmax(dim=1).cpu()
 
 
-def train(model: nn.Module, batches: Iterator, steps: int, held_out: list[Tensor], recipe: Recipe) -> None:
-    """Trains for all epochs of `steps` batches each, and prints a line an epoch."""
-    optimizer = make_optimizer(model, recipe)
-    for epoch in range(recipe.epochs):
+def save(out: Path, state: dict, recipe: Recipe) -> None:
+    """Writes a run's files. The checkpoint gets its name when complete, so that it is whole at any moment."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "checkpoint.part", "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        (out / "checkpoint.part").replace(out / "checkpoint.pt")
+        (out / "log.csv").write_text("\n".join(["epoch,loss,accuracy,seconds", *state["log"], ""]))
+        (out / "options.json").write_text(json.dumps(asdict(recipe), indent=2))
+    except (OSError, RuntimeError) as error:
+        raise Problem(f"cannot write to {out} ({error}): make room, or choose another --out") from error
+
+
+def load(path: Path, made_by: dict) -> dict:
+    """A checkpoint's state. Raises Problem where there is none, it is damaged, or something else made it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        raise Problem(f"{path} is missing or damaged ({type(error).__name__}): omit --resume") from error
+    if not isinstance(state, dict) or state.get("made_by") != made_by:
+        raise Problem(f"{path} is not a checkpoint of {made_by}: give its options, or choose another --out")
+    return state
+
+
+def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path, made_by: dict) -> None:
+    """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
+    optimizer, first, log = make_optimizer(model, recipe), 0, []
+    sources = [torch] + [torch.get_device_module(recipe.device)] * (not recipe.device.startswith("cpu"))
+    if recipe.resume:
+        state = load(out / "checkpoint.pt", made_by)
+        first, log = state["epoch"], state["log"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for source, numbers in zip(sources, state["random"]):
+            source.set_rng_state(numbers)
+    stream = iter(batches(first))
+    for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
-        loss, share = train_epoch(model, batches, steps, optimizer, recipe, epoch)
-        line = (f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
-                "training digits right")
-        seconds = time.perf_counter() - start
-        if recipe.validate:
-            right = predict(model, held_out[0], recipe.device).argmax(dim=1) == held_out[1]
-            line += f", {right.float().mean():.2%} of those held out"
-        print(f"{line}, {seconds:.1f} s", flush=True)
+        loss, share = train_epoch(model, stream, steps, optimizer, recipe, epoch)
+        log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
+        save(out, {"made_by": made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
+                   "optimizer": optimizer.state_dict(),
+                   "random": [source.get_rng_state() for source in sources]}, recipe)
+        print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
+              f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. the command line
-# ------------------------------------------------------------------------------------------------------------
-
-
-def option(name: str) -> str:
-    """A field of Recipe as the command line spells it."""
-    return "--" + name.replace("_", "-")
+# ---- 4. the command line -----------------------------------------------------------------------------------
 
 
 def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
@@ -348,18 +353,18 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
             how = {"action": argparse.BooleanOptionalAction if kind == bool | None else "store_true"}
         elif getattr(full, field.name) is not None:
             meaning += f" (default {getattr(full, field.name)}; small {getattr(small, field.name)})"
-        parser.add_argument(option(field.name), default=argparse.SUPPRESS, help=meaning, **how)
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, default=argparse.SUPPRESS, help=meaning, **how)
     given = vars(parser.parse_args())
     return replace(small if "small" in given else full, **given)
 
 
 def choose_device(name: str | None) -> str:
     """The device asked for, or the fastest there is. Raises Problem when it is not available."""
-    try:
-        fastest = torch.accelerator.current_accelerator(check_available=True)  # None where there is but a CPU
-        return str(torch.zeros(1, device=name or fastest).device)
+    try:  # current_accelerator is None where there is but a CPU
+        return str(torch.zeros(1, device=name or torch.accelerator.current_accelerator(True)).device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
 
 
@@ -370,7 +375,6 @@ def show_ten(probabilities: Tensor, labels: Tensor, what: str) -> None:
         best = row.topk(3)
         answers = "   ".join(f"{i} {p:6.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
         print(f"  {label}:   {answers}" + ("" if best.indices[0] == label else "   wrong"))
-    print()
 
 
 def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) -> None:
@@ -383,8 +387,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
     kind, what = "test", f"{name} test digits"
     if recipe.validate:
         kind, what = "validation", f"held-out {name} training digits"
-        test_images, test_labels = images[-5000:], labels[-5000:]
-        images, labels = images[:-5000], labels[:-5000]
+        (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
     steps, total = len(images) // recipe.batch_size, len(test_images)
     if steps == 0:
         raise Problem(f"--batch-size {recipe.batch_size} is more than all {len(images)} digits: lower it")
@@ -397,7 +400,10 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
     accuracies = []
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         torch.manual_seed(seed)
-        model, one = build(**recipe.sizes()).to(device), replace(recipe, seed=seed)
+        model = build(**recipe.sizes()).to(device)
+        recipe = replace(recipe, seed=seed)
+        made_by = {"script": script, **recipe.sizes(), "on": name, "seed": seed, "validate": recipe.validate}
+        out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}-seed{seed}")
         if recipe.compile:
             torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()
@@ -407,12 +413,12 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
             model.zero_grad()
             minutes = (time.perf_counter() - start) * steps / 60
             print(f"an epoch will take about {minutes:.0f} minutes here; --small is for a CPU", flush=True)
-        train(model, iter(batches(images, labels, one)), steps, [test_images, test_labels], one)
+        train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out, made_by)
         probabilities = predict(model, test_images, device)
         right = (probabilities.argmax(dim=1) == test_labels).sum().item()
         accuracies.append(right / total)
         show_ten(probabilities, test_labels, what)
-        print(f"{kind} accuracy: {right / total:.2%} ({right} of {total} {what})", flush=True)
+        print(f"\n{kind} accuracy: {right / total:.2%} ({right} of {total} {what})", flush=True)
     if recipe.seeds > 1:
         mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
         print(f"{kind} accuracy: {mean:.3%} +- {deviation:.3%} (mean and standard deviation of "
@@ -420,20 +426,25 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
 
 
 def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
-        batches: Callable[..., Iterator] = plain_batches) -> None:
-    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from.
+        batches: Callable[..., Iterator]) -> None:
+    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from. An
+    error that the user can fix ends in a sentence on stderr and exit code 2."""
 
-    A Problem ends in its sentence on stderr, and exit code 2.
-    """
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
     script = Path(script).name
+    signal.signal(signal.SIGTERM, stop)
     try:
         recipe = read_options(about, full, small)
         return experiment(script, build, recipe, batches)
     except Problem as problem:
-        sentence = str(problem)
+        code, sentence = 2, str(problem)
+    except KeyboardInterrupt as stopped:
+        code, sentence = 128 + (stopped.args or [signal.SIGINT])[0], "stopped: add --resume to go on"
     except (MemoryError, RuntimeError) as error:  # on a CPU and on MPS it is no OutOfMemoryError
         if not any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
             raise
-        sentence = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
+        code, sentence = 2, f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
     print(f"{script}: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

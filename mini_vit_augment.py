@@ -75,7 +75,8 @@ def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoc
     """The batches of all epochs, made by `recipe.workers` processes that live as long as the training."""
     return iter(DataLoader(AugmentedDigits(images, labels, recipe.seed), collate_fn=tuple,
                            batch_sampler=map(Tensor.tolist, sample_numbers(len(images), recipe, first_epoch)),
-                           num_workers=recipe.workers, pin_memory=recipe.device.startswith("cuda")))
+                           generator=generator(recipe.seed), num_workers=recipe.workers,
+                           pin_memory=recipe.device.startswith("cuda")))
 
 
 def main() -> None:

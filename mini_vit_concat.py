@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common import Block, Recipe, run
-from mini_vit import Head, embedding
+from mini_vit import Head, embedding, plain_batches
 
 FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.1,
               epochs=50, batch_size=512, lr=2e-4, weight_decay=0.05)
@@ -39,7 +39,7 @@ class ConcatViT(nn.Module):
 
 
 def main() -> None:
-    run(__file__, __doc__, ConcatViT, FULL, SMALL)
+    run(__file__, __doc__, ConcatViT, FULL, SMALL, plain_batches)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def quiet_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same random numbers for each test, and no download that leaves the machine."""
+def quiet_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same random numbers for each test, a folder of its own, and no download."""
     import torchvision
 
     def no_network(*args: object, **kwargs: object) -> None:
         raise OSError("no network in tests")
 
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
 
 

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 import common
+import mini_vit
 import mini_vit_augment
 from mini_vit_augment import augment, augmented_batches
 
@@ -46,7 +47,7 @@ def test_a_short_last_batch_is_left_out() -> None:
 
 def test_plain_batches_keep_image_and_label_together() -> None:
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1).expand(20, 28, 28)
-    for some, labels in common.plain_batches(images, torch.arange(20), recipe(epochs=2, batch_size=5)):
+    for some, labels in mini_vit.plain_batches(images, torch.arange(20), recipe(epochs=2, batch_size=5)):
         assert torch.equal(some[:, 0, 0].long(), labels)
 
 

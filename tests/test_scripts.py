@@ -56,7 +56,7 @@ def test_help_says_each_option_with_its_default(command_line: object) -> None:
     code, out, _ = command_line(mini_vit, "--help")
     assert code == 0
     for field in common.fields(common.Recipe):
-        assert common.option(field.name) in out and field.type.__metadata__[-1].split()[-1] in out
+        assert "--" + field.name.replace("_", "-") in out and field.type.__metadata__[-1].split()[-1] in out
     assert "(default 16; small" in " ".join(out.split()) and "a transformer" in out
 
 

@@ -91,7 +91,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step() -> None:
     model = Breaks()
     optimizer = common.make_optimizer(model, recipe)
     with pytest.raises(common.Problem, match="nan in step 3"):
-        common.train_epoch(model, common.plain_batches(images, labels, recipe), 10, optimizer, recipe, 0)
+        common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 10, optimizer, recipe, 0)
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,5 +102,5 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     nn.init.normal_(model[1].weight, std=10)
     before = model[1].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    common.train_epoch(model, common.plain_batches(images, labels, recipe), 1, optimizer, recipe, 0)
+    common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 1, optimizer, recipe, 0)
     assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)

@@ -1,0 +1,159 @@
+"""Nothing is lost: checkpoints under faults of every kind, and runs that are stopped and go on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import mini_vit
+import mini_vit_augment
+
+TINY = "--small --layers 1 --heads 2 --dim 16 --dataset drawn --batch-size 500 --dropout 0.1"
+
+
+def folder(out: Path, script: object) -> Path:
+    return out / f"{script.__name__}-drawn-small-seed0"
+
+
+def log_of(out: Path, script: object) -> list[str]:
+    """The log's lines without the seconds."""
+    lines = (folder(out, script) / "log.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,accuracy,seconds"
+    return [line.rsplit(",", 1)[0] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("script, workers", [(mini_vit, 0), (mini_vit_augment, 0), (mini_vit_augment, 2)])
+def test_a_stopped_run_ends_where_an_unbroken_one_does(command_line: object, monkeypatch: pytest.MonkeyPatch,
+                                                       tmp_path: Path, script: object, workers: int) -> None:
+    options = f"{TINY} --epochs 3 --workers {workers} --out {tmp_path}"
+    code, unbroken, _ = command_line(script, options + "/unbroken")
+    assert code == 0
+
+    original, epochs = common.train_epoch, []
+
+    def stops(*args: object) -> tuple[float, float]:
+        epochs.append(args[-1])
+        if args[-1] == 1:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(common, "train_epoch", stops)
+    code, _, err = command_line(script, options + "/stopped")
+    assert code == 130 and "--resume" in err and "Traceback" not in err and epochs == [0, 1]
+    monkeypatch.setattr(common, "train_epoch", original)
+    code, resumed, _ = command_line(script, options + "/stopped --resume")
+    assert code == 0 and "epoch 1 of 3" not in resumed and "epoch 2 of 3" in resumed
+    assert log_of(tmp_path / "stopped", script) == log_of(tmp_path / "unbroken", script)
+    assert resumed.splitlines()[-12:] == unbroken.splitlines()[-12:]
+    one, other = (torch.load(folder(tmp_path / name, script) / "checkpoint.pt", weights_only=True)["model"]
+                  for name in ("unbroken", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path) -> None:
+    first = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")[1].splitlines()[-1]
+    code, out, _ = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")
+    assert code == 0 and out.splitlines()[-1] == first and "epoch 1" not in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: int) -> None:
+    run = subprocess.Popen([sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1000",
+                            "--workers", "2", "--out", str(tmp_path)],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("epoch 2"):
+        assert run.poll() is None
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code and "Traceback" not in err
+    assert err.splitlines()[-1] == "mini_vit_augment.py: stopped: add --resume to go on"
+    assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 2
+
+
+def state(number: int) -> dict:
+    return {"made_by": {}, "log": [], "number": number, "tensor": torch.full((200_000,), number)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_while_saving(tmp_path: Path) -> None:
+    common.save(tmp_path, state(0), mini_vit.SMALL)
+    last, inside = 0, 0
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            for number in range(last, last + 10_000):
+                common.save(tmp_path, state(number), mini_vit.SMALL)
+            os._exit(0)
+        time.sleep(random.uniform(0.0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        inside += (tmp_path / "checkpoint.part").exists()
+        loaded = common.load(tmp_path / "checkpoint.pt", {})
+        assert loaded["number"] >= last and (loaded["tensor"] == loaded["number"]).all()
+        last = loaded["number"]
+    assert inside > 0  # some were killed in the middle of a file
+
+
+def test_a_full_disk_loses_nothing(command_line: object, monkeypatch: pytest.MonkeyPatch,
+                                   tmp_path: Path) -> None:
+    options = f"{TINY} --epochs 2 --out {tmp_path}"
+    original, times = torch.save, []
+
+    def full(content: object, file: object) -> None:
+        times.append(1)
+        if len(times) == 2:
+            file.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        original(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = command_line(mini_vit, options)
+    assert code == 2 and "No space left" in err and "--out" in err and "Traceback" not in err
+    code, out, _ = command_line(mini_vit, options + " --resume")
+    assert code == 0 and "epoch 2 of 2" in out and "epoch 1 of 2" not in out
+
+
+def test_a_folder_that_cannot_be_written(command_line: object, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    code, _, err = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path / 'file'}")
+    assert code == 2 and "cannot write to" in err.splitlines()[-1] and "Traceback" not in err
+
+
+class Code:
+    """What a checkpoint must not run."""
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, ("ran",))
+
+
+@pytest.mark.parametrize("fault", "missing empty truncated text code seed script".split())
+def test_a_bad_checkpoint_is_told(command_line: object, tmp_path: Path, fault: str) -> None:
+    path = folder(tmp_path, mini_vit) / "checkpoint.pt"
+    if fault != "missing":
+        command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
+        sound = path.read_bytes()
+        state = torch.load(path, weights_only=True)
+        bad = {"empty": b"", "truncated": sound[: len(sound) // 2], "text": b"hello"}
+        path.write_bytes(bad.get(fault, sound))
+    if fault == "code":
+        torch.save({"made_by": Code()}, path)
+    if fault in ("seed", "script"):
+        state["made_by"][fault] = {"seed": 7, "script": "x.py"}[fault]
+        torch.save(state, path)
+    code, _, err = command_line(mini_vit, f"{TINY} --epochs 2 --out {tmp_path} --resume")
+    assert code == 2 and str(path) in err and "--" in err and "Traceback" not in err
+    assert not Path("ran").exists()
+
+
+def test_other_sizes_are_told(command_line: object, tmp_path: Path) -> None:
+    command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
+    code, _, err = command_line(mini_vit, f"{TINY} --layers 2 --epochs 1 --out {tmp_path} --resume")
+    assert code == 2 and "is not a checkpoint of" in err
