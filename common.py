@@ -119,7 +119,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Random numbers that follow from all of these. (torch keeps 32 bits of a seed, so they are hashed.)"""
+    """Random numbers that follow from all of these. (torch uses 32 bits of a seed, so they are hashed.)"""
     return torch.Generator().manual_seed(hash(numbers) % 2**32)
 
 
@@ -147,20 +147,20 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
     source = getattr(torchvision.datasets, name or "MNIST")
     root = Path(data_dir or Path(__file__).parent / "data")
     raw = root / source.__name__ / "raw"
-    for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
-        unpacked, count = raw / file.removesuffix(".gz"), 60_000 if "train" in file else 10_000
-        content = unpacked.read_bytes() if unpacked.exists() else None
-        sound = content is None or len(content) == (16 + 784 * count if "images" in file else 8 + count)
-        if content and check_integrity(raw / file, md5):  # a .gz file ends with its content's crc and length
-            sound = zlib.crc32(content) == int.from_bytes((raw / file).read_bytes()[-8:-4], "little")
-        if not sound:
-            raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
     try:
+        for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
+            unpacked, count = raw / file.removesuffix(".gz"), 60_000 if "train" in file else 10_000
+            content = unpacked.read_bytes() if unpacked.exists() else None
+            sound = content is None or len(content) == (16 + 784 * count if "images" in file else 8 + count)
+            if content and check_integrity(raw / file, md5):  # a .gz ends with its content's crc and length
+                sound = zlib.crc32(content) == int.from_bytes((raw / file).read_bytes()[-8:-4], "little")
+            if not sound:
+                raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
         socket.setdefaulttimeout(30)  # seconds without an answer
         train, test = (source(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         for file, md5 in source.resources:
-            if (raw / file).exists() and not check_integrity(raw / file, md5):
+            if os.path.exists(raw / file) and not check_integrity(raw / file, md5):
                 raise Problem(f"{raw / file} is damaged and cannot be downloaded: replace it") from error
         reason, files = " ".join(str(error).split()), ", ".join(file for file, _ in source.resources)
         missing = (f"{source.__name__} is not on disk and cannot be downloaded ({reason}): put {files} into "
@@ -216,8 +216,7 @@ class Recipe:
         for field in fields(self):
             value, (*lowest, meaning) = getattr(self, field.name), field.type.__metadata__
             if lowest and value is not None and not lowest[0] <= value < math.inf:
-                name = field.name.replace("_", "-")
-                raise Problem(f"--{name} {value} does not work: choose {lowest[0]} or more")
+                raise Problem(f"--{field.name.replace('_', '-')} {value} fails: choose {lowest[0]} or more")
         if self.dropout >= 1:
             raise Problem(f"--dropout {self.dropout} leaves nothing: choose a share below 1")
         if self.dataset not in (None, *DATASETS):
@@ -319,22 +318,19 @@ def load(path: Path, made_by: dict) -> dict:
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path, made_by: dict) -> None:
     """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
     optimizer, first, log = make_optimizer(model, recipe), 0, []
-    sources = [torch] + [torch.get_device_module(recipe.device)] * (not recipe.device.startswith("cpu"))
-    if recipe.resume:
+    if recipe.resume and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", made_by)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        for source, numbers in zip(sources, state["random"]):
-            source.set_rng_state(numbers)
     stream = iter(batches(first))
     for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
+        torch.manual_seed(generator(recipe.seed, epoch).initial_seed())  # for dropout
         loss, share = train_epoch(model, stream, steps, optimizer, recipe, epoch)
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
         save(out, {"made_by": made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
-                   "optimizer": optimizer.state_dict(),
-                   "random": [source.get_rng_state() for source in sources]}, recipe)
+                   "optimizer": optimizer.state_dict()}, recipe)
         print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
               f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
 
@@ -362,7 +358,9 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
 def choose_device(name: str | None) -> str:
     """The device asked for, or the fastest there is. Raises Problem when it is not available."""
     try:  # current_accelerator is None where there is but a CPU
-        return str(torch.zeros(1, device=name or torch.accelerator.current_accelerator(True)).device)
+        probe = torch.zeros(1, device=name or torch.accelerator.current_accelerator(True))
+        probe.cpu()  # the device "meta" has nothing to give back
+        return str(probe.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
@@ -399,11 +397,12 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) 
 
     accuracies = []
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**32)
         model = build(**recipe.sizes()).to(device)
         recipe = replace(recipe, seed=seed)
         made_by = {"script": script, **recipe.sizes(), "on": name, "seed": seed, "validate": recipe.validate}
-        out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}-seed{seed}")
+        kinds = "-small" * recipe.small + "-validate" * recipe.validate
+        out = Path(recipe.out, f"{Path(script).stem}-{name}{kinds}-seed{seed}")
         if recipe.compile:
             torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()
@@ -431,6 +430,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
     error that the user can fix ends in a sentence on stderr and exit code 2."""
 
     def stop(number: int, frame: object) -> None:
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)  # workers may end now
         raise KeyboardInterrupt(number)
 
     script = Path(script).name

@@ -96,7 +96,7 @@ def plain_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: i
     """The batches of all epochs. All digits lie on the device (47 MB), where a batch is one indexing away."""
     images, labels = images.to(recipe.device), labels.to(recipe.device)
     for numbers in sample_numbers(len(images), recipe, first_epoch):
-        index = (numbers % len(images)).to(recipe.device)
+        index = (numbers % len(images)).to(recipe.device, non_blocking=True)
         yield images[index], labels[index]
 
 

@@ -15,7 +15,7 @@ import mini_vit_concat
 import mini_vit_crossattn
 
 SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
-TINY = "--small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
+TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
 LAST = r"test accuracy: (\d+\.\d\d)% \((\d+) of (\d+) drawn test digits\)"
 
 
@@ -26,7 +26,7 @@ def test_a_script_runs_from_any_folder(script: object, tmp_path: object) -> None
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     name = script.__name__ + ".py"
-    assert re.match(rf"{name}: [\d,]+ parameters, \w+, 10000 drawn digits, Recipe.small=True, ", lines[0])
+    assert re.match(rf"{name}: [\d,]+ parameters, cpu, 10000 drawn digits, Recipe.small=True, ", lines[0])
     assert re.match(r"epoch 1 of 1: loss \d\.\d+, [\d.]+% of the drawn training digits right, ", lines[1])
     answers = [line for line in lines if re.match(r"  \d: ( +\d +\d+\.\d%){3}", line)]
     assert len(answers) == 10
@@ -47,7 +47,7 @@ def test_seeds_and_validation(command_line: object) -> None:
     pattern = rf"validation accuracy: (.*)% \+- (.*)% \(mean and standard deviation of 2 seeds, {what}\)"
     mean, deviation = re.fullmatch(pattern, out.splitlines()[-1]).groups()
     first, second = map(float, accuracies)
-    assert code == 0 and "% of those held out" in out and first != second
+    assert code == 0 and first != second
     assert float(mean) == pytest.approx((first + second) / 2, abs=0.006)
     assert float(deviation) == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
 

@@ -14,7 +14,7 @@ import mini_vit_concat
 import mini_vit_crossattn
 
 SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
-TINY = "--small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
+TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
 
 
 @pytest.mark.parametrize("step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5), (99, 0.0003)])
