@@ -1,7 +1,10 @@
 """mini_vit.py: a transformer that sees the whole digit as one vector.
 
     python mini_vit.py             16 layers, 14 heads x 56 = 784 wide, 118M parameters, for a GPU
-    python mini_vit.py --small     the paper's ViT with patches of 7 x 7 pixels, 0.2M parameters, for a CPU
+    python mini_vit.py --small     the paper's ViT on patches of 7 x 7 pixels, 0.2M parameters, for a CPU
+
+Measured on MNIST's test set: --small 98.88 % (1 seed), 20 epochs in 6.2 minutes, on two cores of an AMD
+EPYC. Full size: not measured yet.
 
 The flat 28 x 28 image goes into the first block as it is, with no projection. A transformer works on a
 sequence of tokens, and this is a sequence of one. So attention is not over tokens here but over features: see

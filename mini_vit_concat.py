@@ -1,7 +1,10 @@
 """mini_vit_concat.py: every block sees the original image again, beside the previous block's output.
 
     python mini_vit_concat.py             16 layers, 16 heads x 98 = 1568 wide, 493M parameters, for a GPU
-    python mini_vit_concat.py --small     the same on patches of 7 x 7 pixels, for a CPU
+    python mini_vit_concat.py --small     4 layers, on patches, 0.5M parameters, for a CPU
+
+Measured on MNIST's test set: --small 98.77 % (1 seed), 16 epochs in 9.1 minutes, on two cores of an AMD EPYC. Full
+size: not measured yet.
 
 Does a deep network forget its input? This one cannot: the image is concatenated with what the previous block
 made of it, the block works on both halves, 784 + 784 = 1568 wide, and a linear layer brings them back to 784.

@@ -1,7 +1,10 @@
 """mini_vit_crossattn.py: every layer of a decoder looks back at the image through cross-attention.
 
-    python mini_vit_crossattn.py             12 layers of three blocks, 784 wide, 266M parameters, for a GPU
-    python mini_vit_crossattn.py --small     the same on patches of 7 x 7 pixels, for a CPU
+    python mini_vit_crossattn.py             12 layers of three blocks, 266M parameters, for a GPU
+    python mini_vit_crossattn.py --small     2 layers, on patches, 0.3M parameters, for a CPU
+
+Measured on MNIST's test set: --small 99.38 % (1 seed), 20 epochs in 8.3 minutes, on two cores of an AMD
+EPYC. Full size: not measured yet.
 
 mini_vit_concat.py puts the image beside the stream. Here the stream asks for what it needs: in each layer its
 queries meet keys and values from an encoder block of that layer's own, which is fed the original image. The
