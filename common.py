@@ -174,10 +174,8 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
 
 
 def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterator[Tensor]:
-    """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
-
-    The order follows from the seed and the epoch. What does not fill a last batch is left out of its epoch.
-    """
+    """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size. The
+    order follows from the seed and the epoch. What does not fill a last batch is left out of its epoch."""
     for epoch in range(first_epoch, recipe.epochs):
         numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
         yield from numbers.split(recipe.batch_size)[: size // recipe.batch_size]
@@ -317,17 +315,25 @@ def load(path: Path, made_by: dict) -> dict:
 
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path, made_by: dict) -> None:
     """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
-    optimizer, first, log = make_optimizer(model, recipe), 0, []
+    optimizer, first, log, signals = make_optimizer(model, recipe), 0, [], []
     if recipe.resume and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt", made_by)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     stream = iter(batches(first))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+
+    def until_signal() -> Iterator:
+        while not signals:
+            yield next(stream)
+        raise KeyboardInterrupt(signals[0])
+
     for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
         torch.manual_seed(generator(recipe.seed, epoch).initial_seed())  # for dropout
-        loss, share = train_epoch(model, stream, steps, optimizer, recipe, epoch)
+        loss, share = train_epoch(model, until_signal(), steps, optimizer, recipe, epoch)
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
         save(out, {"made_by": made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
                    "optimizer": optimizer.state_dict()}, recipe)
@@ -428,13 +434,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         batches: Callable[..., Iterator]) -> None:
     """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from. An
     error that the user can fix ends in a sentence on stderr and exit code 2."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)  # workers may end now
-        raise KeyboardInterrupt(number)
-
     script = Path(script).name
-    signal.signal(signal.SIGTERM, stop)
     try:
         recipe = read_options(about, full, small)
         return experiment(script, build, recipe, batches)

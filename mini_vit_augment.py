@@ -13,6 +13,7 @@ prepare the next batches while the model learns from this one.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -74,11 +75,16 @@ class AugmentedDigits(Dataset):
         return augment(self.images[index], generator(self.seed, numbers[0])), self.labels[index]
 
 
+def quiet(worker: int) -> None:
+    """A worker's errors are raised in the main process; what it would print itself is noise of its end."""
+    sys.excepthook = lambda *error: None
+
+
 def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:
     """The batches of all epochs, made by `recipe.workers` processes that live as long as the training."""
     return iter(DataLoader(AugmentedDigits(images, labels, recipe.seed), collate_fn=tuple,
                            batch_sampler=map(Tensor.tolist, sample_numbers(len(images), recipe, first_epoch)),
-                           generator=generator(recipe.seed), num_workers=recipe.workers,
+                           generator=generator(recipe.seed), num_workers=recipe.workers, worker_init_fn=quiet,
                            pin_memory=recipe.device.startswith("cuda")))
 
 
