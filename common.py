@@ -175,7 +175,7 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
 
 def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterator[Tensor]:
     """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
-    The order follows from the seed and the epoch. What does not fill a last batch is left out of its epoch."""
+    The order follows from the seed and the epoch. What does not fill a last batch is left out."""
     for epoch in range(first_epoch, recipe.epochs):
         numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
         yield from numbers.split(recipe.batch_size)[: size // recipe.batch_size]
