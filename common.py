@@ -321,9 +321,9 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    stream = iter(batches(first))
     for number in (signal.SIGINT, signal.SIGTERM):  # a run ends between two steps, never within one
         signal.signal(number, lambda number, frame: signals.append(number))
+    stream = iter(batches(first))
 
     def until_signal() -> Iterator:
         while not signals:

@@ -13,6 +13,7 @@ prepare the next batches while the model learns from this one.
 """
 
 import math
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -78,6 +79,7 @@ class AugmentedDigits(Dataset):
 def quiet(worker: int) -> None:
     """A worker's errors are raised in the main process; what it would print itself is noise of its end."""
     sys.excepthook = lambda *error: None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
 
 
 def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:
