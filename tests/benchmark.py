@@ -136,7 +136,7 @@ def augmentation(least: float, quick: bool) -> None:
     usual = v2.Compose([v2.RandomRotation(10), v2.RandomAffine(0, (0.05, 0.05), (0.9, 1.1), shear=5),
                         v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
     random = common.generator(0)
-    for what, bend in {"affine": 0.0, "affine and elastic": 0.8}.items():
+    for what, bend in {"no bend": 0.0, "with bend": 0.8}.items():
         a, b = side_by_side(lambda: mini_vit_augment.augment(images, random, bend=bend),
                             lambda: [usual(picture) for picture in pictures], least)
         print(f"| {what} | {512 / a:.0f} | {64 / b:.0f} | {(512 / a) / (64 / b):.1f} |", flush=True)
