@@ -40,23 +40,27 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     `bend` pixels (standard deviation). Never flipped: a mirrored 2 is no 2. All of it makes one grid of
     places to look at, so that an image is resampled only once, bilinearly.
     """
-    size = images.shape[-1]
-    angle, wide, high, slant, right, down = 2 * torch.rand(6, len(images), generator=random) - 1
+    count, size = len(images), images.shape[-1]
+    angle, wide, high, slant, right, down = 2 * torch.rand(6, count, generator=random) - 1
     cos, sin = torch.cos(angle * math.radians(degrees)), torch.sin(angle * math.radians(degrees))
     wide, high, slant = 1 + wide * scale, 1 + high * scale, slant * shear
-    right, down = right * shift * 2 / size, down * shift * 2 / size  # the grid goes from -1 to 1
+    right, down = right * shift * 2 / size, down * shift * 2 / size  # places go from -1 to 1
     affine = torch.stack([wide * cos, slant - high * sin, right, wide * sin, high * cos, down], dim=1)
-    grid = F.affine_grid(affine.view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
-    # (B, 28, 28, 2): for each pixel of the result, where in the image to look
 
-    # A random push on every fourth pixel, spread to its neighbours by a Gaussian, along one axis and then
-    # along the other. The rows of `spread` have length 1: so the field varies as much as the pushes.
-    pushes = torch.randn(len(images), 2, size // 4, size // 4, generator=random)
+    # Where to look for each pixel: a sum of fields over the picture, in shares of each image's own. Rotation,
+    # size, shear and shift need three fields: how far right a pixel is, how far down it is, and 1.
+    middle = (2 * torch.arange(size) + 1) / size - 1
+    fields = torch.stack([middle.repeat(size), middle.repeat_interleave(size), torch.ones(size**2)])
+    places = affine.view(2 * count, 3) @ fields  # (2 B, 3) @ (3, 784)
+
+    # To bend takes 49 more: a Gaussian bump on every fourth pixel, with random shares. The squares of all
+    # bumps sum to 1 at each pixel, so the places vary as much as the shares.
     distance = torch.arange(size)[:, None] - (1.5 + torch.arange(0, size, 4))
-    spread = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7)
-    field = spread @ pushes @ spread.T  # (B, 2, 28, 28)
-    grid = grid + field.permute(0, 2, 3, 1) * bend * 2 / size
+    bump = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7), along one axis
+    bumps = torch.kron(bump, bump).T * bend * 2 / size  # (49, 784)
+    places.addmm_(torch.randn(2 * count, len(bumps), generator=random), bumps)
 
+    grid = places.view(count, 2, size, size).permute(0, 2, 3, 1)
     return F.grid_sample(images.unsqueeze(1).float(), grid, align_corners=False).squeeze(1).round().byte()
 
 
