@@ -1,24 +1,18 @@
-"""What the four scripts share, from the leaves to the root:
-
-1. attention and blocks   what every model is made of
-2. digits                 loading them, handing them out in batches
-3. training               the recipe, the learning rate, the loop
-4. the command line       options, and a run from its first line to its last
+"""What the four scripts share: 1. attention and blocks, 2. digits, 3. training, 4. pictures and options.
 
 Letters in the shape comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head.
 """
 
 import argparse
+import gzip
 import itertools
 import json
 import math
 import os
 import signal
 import socket
-import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -32,25 +26,24 @@ from torch import Tensor, nn
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
 
 class Problem(ValueError):
     """An error that the user can fix: the message says what is wrong and what to do, in a sentence."""
 
 
 # ---- 1. attention and blocks -------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762) in several heads:
 
         weights = softmax(query @ key^T / sqrt(width)),   out = weights @ value
 
-    The shape of the input says what attends to what.
-    (B, N, D): the N tokens, as in every ViT. A head sees N tokens of width d.
-    (B, D), a flat image: its features. The image is one token, and softmax over one token is always 1, so
-    attention over tokens would do nothing. But query, key and value of a head are d numbers each: taken as d
-    tokens of width 1, they attend to each other, number i to number j with softmax_j(query[i] * key[j]). This
-    is the one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
+    Input (B, N, D): its N tokens attend to each other, as in every ViT. A head sees them d wide.
+    Input (B, D), a flat image: its features do. The image is one token, and softmax over one token is always
+    1, so attention over tokens would do nothing. But query, key and value of a head are d numbers each: taken
+    as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). This is the
+    one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
 
     Queries come from x; keys and values from the context, which has x's shape, or from x if there is none.
     Raises Problem when the heads do not divide dim.
@@ -85,13 +78,6 @@ class Attention(nn.Module):
         return self.proj(out.reshape(x.shape))
 
 
-class MLP(nn.Sequential):
-    """Two linear layers, 4 D wide between them; the shape (..., D) stays."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-
 class Block(nn.Module):
     """A pre-norm transformer block. The shape, (B, N, D) or (B, D), stays."""
 
@@ -100,7 +86,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +95,6 @@ class Block(nn.Module):
 
 
 # ---- 2. digits: images are bytes, (N, 28, 28), until they are on the device --------------------------------
-
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
 
 
@@ -125,65 +110,51 @@ def generator(*numbers: int) -> torch.Generator:
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images and labels of stand-in digits: PIL's built-in font, each turned, sized and moved at random."""
-    pictures = []
-    for digit in "0123456789":
-        picture = Image.new("L", (28, 28))
-        ImageDraw.Draw(picture).text((14, 14), digit, fill=255, font=ImageFont.load_default(24), anchor="mm")
-        pictures.append(torch.tensor(list(picture.tobytes()), dtype=torch.float32).view(1, 28, 28))
+    pictures = [Image.new("L", (28, 28)) for digit in range(10)]
+    for digit, picture in enumerate(pictures):
+        ImageDraw.Draw(picture).text((14, 14), str(digit), 255, ImageFont.load_default(24), "mm")
     labels = torch.arange(count) % 10
+    images = torch.tensor([list(picture.tobytes()) for picture in pictures]).float().view(10, 1, 28, 28)
     affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=generator(seed))
     grid = F.affine_grid(affine, [count, 1, 28, 28], align_corners=False)
-    return F.grid_sample(torch.stack(pictures)[labels], grid, align_corners=False).squeeze(1).byte(), labels
+    return F.grid_sample(images[labels], grid, align_corners=False).squeeze(1).byte(), labels
 
 
 def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tensor], list[Tensor]]:
-    """The data set's name, then images and labels for training, then for the test.
-
-    With no name it is MNIST, or drawn digits and a warning where MNIST is not to be had.
-    Raises Problem when the data set asked for cannot be had, or a file is damaged.
-    """
+    """The data set's name, then images and labels for training, then for the test. No name means MNIST or,
+    where that is not to be had, drawn digits and a warning. Raises Problem when the data set asked for is not
+    to be had, or a file is damaged."""
     if name == "drawn":
         return name, list(draw_digits(10_000, seed=0)), list(draw_digits(2_000, seed=1))
     source = getattr(torchvision.datasets, name or "MNIST")
     root = Path(data_dir or Path(__file__).parent / "data")
-    raw = root / source.__name__ / "raw"
+    socket.setdefaulttimeout(30)  # seconds without an answer
     try:
-        for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
-            unpacked, count = raw / file.removesuffix(".gz"), 60_000 if "train" in file else 10_000
-            content = unpacked.read_bytes() if unpacked.exists() else None
-            sound = content is None or len(content) == (16 + 784 * count if "images" in file else 8 + count)
-            if content and check_integrity(raw / file, md5):  # a .gz ends with its content's crc and length
-                sound = zlib.crc32(content) == int.from_bytes((raw / file).read_bytes()[-8:-4], "little")
-            if not sound:
-                raise Problem(f"{unpacked} is damaged: delete it and run again, it is then unpacked anew")
-        socket.setdefaulttimeout(30)  # seconds without an answer
         train, test = (source(root, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        for file, md5 in source.resources:
-            if os.path.exists(raw / file) and not check_integrity(raw / file, md5):
-                raise Problem(f"{raw / file} is damaged and cannot be downloaded: replace it") from error
-        reason, files = " ".join(str(error).split()), ", ".join(file for file, _ in source.resources)
-        missing = (f"{source.__name__} is not on disk and cannot be downloaded ({reason}): put {files} into "
-                   f"{raw}, or choose --dataset drawn")
-        if name:
-            raise Problem(missing) from error
-        warning = f"WARNING: {missing}\nThis run goes on with DRAWN digits, which say nothing about MNIST."
-        print("!" * 100, warning, "!" * 100, sep="\n", file=sys.stderr)
-        return load_digits("drawn", data_dir)
-    return source.__name__, [train.data, train.targets], [test.data, test.targets]
-
-
-def sample_numbers(size: int, recipe: "Recipe", first_epoch: int = 0) -> Iterator[Tensor]:
-    """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
-    The order follows from the seed and the epoch. What does not fill a last batch is left out."""
-    for epoch in range(first_epoch, recipe.epochs):
-        numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
-        yield from numbers.split(recipe.batch_size)[: size // recipe.batch_size]
+        failure = None
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        failure = error
+    for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
+        packed = root / source.__name__ / "raw" / file
+        unpacked = packed.with_suffix("")
+        sound = check_integrity(packed, md5)
+        if packed.exists() and not sound:
+            raise Problem(f"{packed} is damaged: replace it, or delete it to have it downloaded again")
+        if sound and unpacked.exists() and gzip.decompress(packed.read_bytes()) != unpacked.read_bytes():
+            raise Problem(f"{unpacked} is damaged: delete it, and it is unpacked again")
+    if not failure:
+        return source.__name__, [train.data, train.targets], [test.data, test.targets]
+    files, reason = ", ".join(file for file, md5 in source.resources), " ".join(str(failure).split())
+    missing = (f"{source.__name__} is not on disk, or not whole, and cannot be downloaded ({reason}): "
+               f"put {files} into {packed.parent}, or choose --dataset drawn")
+    if name:
+        raise Problem(missing) from failure
+    warning = f"WARNING: {missing}\nThis run goes on with DRAWN digits, which say nothing about MNIST."
+    print("!" * 100, warning, "!" * 100, sep="\n", file=sys.stderr)
+    return load_digits("drawn", data_dir)
 
 
 # ---- 3. training -------------------------------------------------------------------------------------------
-
-
 @dataclass(kw_only=True)
 class Recipe:
     """A model's sizes and how it is trained. Each field is an option of the command line, with its lowest
@@ -194,7 +165,8 @@ class Recipe:
     heads: Annotated[int, 1, "attention heads of a layer"]
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
-    dropout: Annotated[float, 0, "share of a block's outputs that training sets to 0"] = 0.0
+    dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
+    input_dropout: Annotated[float, 0, 1, "share of patches or flat pixels that training sets to 0"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
@@ -203,6 +175,7 @@ class Recipe:
     seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
     out: Annotated[str, "folder for the runs, in <script>-<dataset>[-small]-seed<N>"] = "runs"
     resume: Annotated[bool, "go on from the run's checkpoint"] = False
+    predict: Annotated[list[str] | None, "pictures of digits, for the run's model to read"] = None
     validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
     dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
@@ -212,25 +185,24 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, (*lowest, meaning) = getattr(self, field.name), field.type.__metadata__
-            if lowest and value is not None and not lowest[0] <= value < math.inf:
-                raise Problem(f"--{field.name.replace('_', '-')} {value} fails: choose {lowest[0]} or more")
-        if self.dropout >= 1:
-            raise Problem(f"--dropout {self.dropout} leaves nothing: choose a share below 1")
+            value, (*bounds, meaning) = getattr(self, field.name), field.type.__metadata__
+            if bounds and value is not None and not bounds[0] <= value < [*bounds, math.inf][1]:
+                name, limits = field.name.replace("_", "-"), " to below ".join(map(str, bounds))
+                raise Problem(f"--{name} {value} fails: choose a number from {limits}")
         if self.dataset not in (None, *DATASETS):
             raise Problem(f"--dataset {self.dataset} is not known: choose one of {', '.join(DATASETS)}")
 
     def sizes(self) -> dict:
         """What a model is made from."""
-        return {name: getattr(self, name) for name in ("layers", "heads", "dim", "patch_size", "dropout")}
+        names = ("layers", "heads", "dim", "patch_size", "dropout", "input_dropout")
+        return {name: getattr(self, name) for name in names}
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Grows over the first tenth of the steps, then falls along half a cosine."""
     warmup = max(1, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    falling = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)) / 2 + 0.5
+    return peak * min((step + 1) / warmup, falling)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -247,14 +219,14 @@ def mixed_precision(device: str) -> torch.autocast:
 
 
 def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer,
-                recipe: Recipe, epoch: int) -> tuple[float, float]:
-    """Learns from `steps` batches; returns the mean loss and the share of right answers on the way. Raises
-    Problem when the loss is no longer a number."""
+                recipe: Recipe, epoch: int) -> Tensor:
+    """Learns from `steps` batches; returns the mean loss and the share of right answers on the way, (2,).
+    Raises Problem when the loss is no longer a number."""
     model.train()
     pinned, read_at = recipe.device.startswith("cuda"), 0.0
     losses, right = torch.zeros(steps, device=recipe.device), torch.zeros((), device=recipe.device)
     bar = tqdm(itertools.islice(batches, steps), desc=f"epoch {epoch + 1}", total=steps, leave=False,
-               unit=" images", unit_scale=recipe.batch_size)
+               unit=" images", unit_scale=recipe.batch_size, disable=RANK > 0)
     for step, (images, labels) in enumerate(bar):
         images, labels = (part.to(recipe.device, non_blocking=pinned) for part in (images, labels))
         for group in optimizer.param_groups:
@@ -266,17 +238,15 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torc
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
         losses[step] = loss.detach()
         right += (logits.argmax(dim=1) == labels).sum()
         if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # rarely: reading waits for the GPU
             read_at = time.perf_counter()
             bar.set_postfix(loss=f"{losses[step]:.3f}")
-            bad = losses.isfinite().logical_not().nonzero()
-            if len(bad):
-                number = epoch * steps + bad[0].item() + 1
-                raise Problem(f"the loss is {losses[bad[0]].item()} in step {number}: choose a lower --lr")
-    return losses.mean().item(), right.item() / (steps * recipe.batch_size)
+            if not losses.isfinite().all():
+                number = epoch * steps + losses.isfinite().int().argmin().item() + 1
+                raise Problem(f"the loss is no longer a number in step {number}: choose a lower --lr")
+    return torch.stack([losses.mean(), right / steps / (recipe.batch_size // RANKS)])
 
 
 @torch.no_grad()
@@ -288,60 +258,75 @@ def predict(model: nn.Module, images: Tensor, device: str) -> Tensor:
     return logits.float().softmax(dim=1).cpu()
 
 
-def save(out: Path, state: dict, recipe: Recipe) -> None:
-    """Writes a run's files. The checkpoint gets its name when complete, so that it is whole at any moment."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "checkpoint.part", "wb") as file:
-            torch.save(state, file)
-            os.fsync(file.fileno())
-        (out / "checkpoint.part").replace(out / "checkpoint.pt")
-        (out / "log.csv").write_text("\n".join(["epoch,loss,accuracy,seconds", *state["log"], ""]))
-        (out / "options.json").write_text(json.dumps(asdict(recipe), indent=2))
-    except (OSError, RuntimeError) as error:
-        raise Problem(f"cannot write to {out} ({error}): make room, or choose another --out") from error
+def write(path: Path, put: Callable) -> None:
+    """Writes a file under another name, and renames it when it is whole: `path` never names half a file."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        put(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
-def load(path: Path, made_by: dict) -> dict:
-    """A checkpoint's state. Raises Problem where there is none, it is damaged, or something else made it."""
+def load(out: Path, recipe: Recipe) -> dict:
+    """A run's checkpoint. Raises Problem where there is none, it is damaged, or another run made it."""
+    path, expected = out / "checkpoint.pt", {"run": out.name, **recipe.sizes()}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
         raise Problem(f"{path} is missing or damaged ({type(error).__name__}): omit --resume") from error
-    if not isinstance(state, dict) or state.get("made_by") != made_by:
-        raise Problem(f"{path} is not a checkpoint of {made_by}: give its options, or choose another --out")
+    if not isinstance(state, dict) or state.get("made_by") != expected:
+        raise Problem(f"{path} is not of {expected}: give its options, or choose another --out")
     return state
 
 
-def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path, made_by: dict) -> None:
+def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
     """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
-    optimizer, first, log, signals = make_optimizer(model, recipe), 0, [], []
+    optimizer, first, log, signals = make_optimizer(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
     if recipe.resume and (out / "checkpoint.pt").exists():
-        state = load(out / "checkpoint.pt", made_by)
+        state = load(out, recipe)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     for number in (signal.SIGINT, signal.SIGTERM):  # a run ends between two steps, never within one
         signal.signal(number, lambda number, frame: signals.append(number))
-    stream = iter(batches(first))
-
-    def until_signal() -> Iterator:
-        while not signals:
-            yield next(stream)
-        raise KeyboardInterrupt(signals[0])
-
+    stream = itertools.takewhile(lambda batch: not signals, batches(first))
+    learner = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages gradients
     for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
-        torch.manual_seed(generator(recipe.seed, epoch).initial_seed())  # for dropout
-        loss, share = train_epoch(model, until_signal(), steps, optimizer, recipe, epoch)
+        torch.manual_seed(generator(recipe.seed, epoch, RANK).initial_seed())  # for dropout
+        means = train_epoch(learner, stream, steps, optimizer, recipe, epoch)
+        if signals:
+            raise KeyboardInterrupt(signals[0])
+        if RANKS > 1:
+            torch.distributed.all_reduce(means)
+        loss, share = (means / RANKS).tolist()
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
-        save(out, {"made_by": made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
-                   "optimizer": optimizer.state_dict()}, recipe)
+        if RANK == 0:
+            state = {"made_by": {"run": out.name, **recipe.sizes()}, "epoch": epoch + 1, "log": log,
+                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write(out / "checkpoint.pt", lambda file: torch.save(state, file))
+            write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
         print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
               f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
 
 
-# ---- 4. the command line -----------------------------------------------------------------------------------
+# ---- 4. pictures and the command line ----------------------------------------------------------------------
+def sheet(path: Path, images: Tensor, captions: list[str], columns: int) -> None:
+    """Writes bytes (N, height, width) or, in colour, (N, height, width, 3) as one PNG, with captions."""
+    page = Image.new("RGB", (120 * columns, 140 * max(1, math.ceil(len(images) / columns))), "white")
+    draw = ImageDraw.Draw(page)
+    for number, (image, caption) in enumerate(zip(images, captions)):
+        y, x = divmod(number, columns)
+        tile = Image.fromarray(image.numpy()).resize((112, 112), Image.Resampling.NEAREST)
+        page.paste(tile, (120 * x + 4, 140 * y + 24))
+        draw.text((120 * x + 60, 140 * y + 12), caption, "black", ImageFont.load_default(14), "mm")
+    write(path, lambda file: page.save(file, "PNG"))
+
+
+def three_best(row: Tensor) -> str:
+    """The three most probable digits, and how probable they are."""
+    return "   ".join(f"{i} {p:6.1%}" for p, i in zip(*(best.tolist() for best in row.topk(3))))
 
 
 def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
@@ -351,12 +336,14 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     for field in fields(Recipe):
         kind, meaning = field.type.__origin__, field.type.__metadata__[-1]
         how = {"type": (get_args(kind) or [kind])[0], "metavar": "X"}
-        if how["type"] is bool:
+        if how["type"] == list[str]:
+            how = {"nargs": "+", "metavar": "X"}
+        elif how["type"] is bool:
             how = {"action": argparse.BooleanOptionalAction if kind == bool | None else "store_true"}
         elif getattr(full, field.name) is not None:
             meaning += f" (default {getattr(full, field.name)}; small {getattr(small, field.name)})"
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, default=argparse.SUPPRESS, help=meaning, **how)
+        how |= {"default": argparse.SUPPRESS, "help": meaning}
+        parser.add_argument("--" + field.name.replace("_", "-"), **how)
     given = vars(parser.parse_args())
     return replace(small if "small" in given else full, **given)
 
@@ -364,87 +351,100 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
 def choose_device(name: str | None) -> str:
     """The device asked for, or the fastest there is. Raises Problem when it is not available."""
     try:  # current_accelerator is None where there is but a CPU
+        if "LOCAL_RANK" in os.environ and torch.accelerator.is_available():  # each process has its GPU
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         probe = torch.zeros(1, device=name or torch.accelerator.current_accelerator(True))
-        probe.cpu()  # the device "meta" has nothing to give back
         return str(probe.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
 
 
-def show_ten(probabilities: Tensor, labels: Tensor, what: str) -> None:
-    """Prints the three most probable answers to the first ten images."""
-    print(f"\nten {what}, and the model's three most probable answers:")
-    for label, row in zip(labels[:10].tolist(), probabilities):
-        best = row.topk(3)
-        answers = "   ".join(f"{i} {p:6.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
-        print(f"  {label}:   {answers}" + ("" if best.indices[0] == label else "   wrong"))
-
-
-def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable) -> None:
+def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
+               shows: tuple[Callable, ...], read: Callable) -> None:
     """From the first line to the last: trains the recipe's model, once a seed, and prints its accuracy."""
     device = choose_device(recipe.device)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(**recipe.sizes()).parameters())
-    name, (images, labels), (test_images, test_labels) = load_digits(recipe.dataset, recipe.data_dir)
-    kind, what = "test", f"{name} test digits"
+    digits = None if RANK else load_digits(recipe.dataset, recipe.data_dir)
+    if RANKS > 1:
+        torch.distributed.init_process_group()
+        torch.distributed.barrier()  # until the first has unpacked the digits
+    digits = digits or load_digits(recipe.dataset, recipe.data_dir)
+    name, (images, labels), (test_images, test_labels) = digits
+    kind = "validation" if recipe.validate else "test"
     if recipe.validate:
-        kind, what = "validation", f"held-out {name} training digits"
         (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
-    steps, total = len(images) // recipe.batch_size, len(test_images)
-    if steps == 0:
-        raise Problem(f"--batch-size {recipe.batch_size} is more than all {len(images)} digits: lower it")
-    chosen = {"workers": 0 if device.startswith("cpu") else min(4, os.cpu_count() or 1),
-              "compile": device.startswith("cuda") and sys.platform == "linux"}
-    chosen = {name: value for name, value in chosen.items() if getattr(recipe, name) is None}
-    recipe = replace(recipe, dataset=name, device=device, **chosen)
+    steps, total, what = len(images) // recipe.batch_size, len(test_images), f"{name} {kind} digits"
+    if steps == 0 or recipe.batch_size % RANKS:
+        raise Problem(f"--batch-size {recipe.batch_size} does not suit {len(images)} digits, {RANKS} ranks: "
+                      f"choose a multiple of {RANKS}, at most {len(images)}")
+    workers = 0 if device.startswith("cpu") else min(4, os.cpu_count() or 1)
+    workers = workers if recipe.workers is None else recipe.workers
+    recipe = replace(recipe, dataset=name, device=device, workers=workers)
     print(f"{script}: {parameters:,} parameters, {device}, {len(images)} {name} digits, {recipe}", flush=True)
+    if device.startswith("cpu") and not recipe.small:  # 6 operations a parameter and digit, 1e11 a second
+        print(f"about {parameters * len(images) / 1e12:.0f} minutes an epoch; --small is for CPU", flush=True)
 
     accuracies = []
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         torch.manual_seed(seed % 2**32)
         model = build(**recipe.sizes()).to(device)
         recipe = replace(recipe, seed=seed)
-        made_by = {"script": script, **recipe.sizes(), "on": name, "seed": seed, "validate": recipe.validate}
         kinds = "-small" * recipe.small + "-validate" * recipe.validate
         out = Path(recipe.out, f"{Path(script).stem}-{name}{kinds}-seed{seed}")
-        if recipe.compile:
+        if recipe.predict:
+            model.load_state_dict(load(out, recipe)["model"])
+            return read(model, recipe)
+        out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the training
+        write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))
+        if recipe.compile or recipe.compile is None and device.startswith("cuda") and sys.platform == "linux":
             torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()
-        if device.startswith("cpu") and not recipe.small and recipe.epochs:
-            start = time.perf_counter()
-            model(normalise(images[: recipe.batch_size])).sum().backward()
-            model.zero_grad()
-            minutes = (time.perf_counter() - start) * steps / 60
-            print(f"an epoch will take about {minutes:.0f} minutes here; --small is for a CPU", flush=True)
-        train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out, made_by)
+        train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out)
         probabilities = predict(model, test_images, device)
-        right = (probabilities.argmax(dim=1) == test_labels).sum().item()
-        accuracies.append(right / total)
-        show_ten(probabilities, test_labels, what)
-        print(f"\n{kind} accuracy: {right / total:.2%} ({right} of {total} {what})", flush=True)
+        answers = probabilities.argmax(dim=1)
+        wrong = (answers != test_labels).nonzero().flatten()
+        if RANK == 0:
+            captions = [f"{label}, not {answer}" for label, answer in zip(test_labels[wrong], answers[wrong])]
+            sheet(out / "mistakes.png", test_images[wrong][:40], captions, columns=8)
+            for show in shows:
+                show(out, model, test_images, recipe)
+        accuracies.append(1 - len(wrong) / total)
+        print(f"\nten {what}, and the model's three most probable answers:")
+        for label, answer, row in zip(test_labels[:10], answers, probabilities):
+            print(f"  {label}:   {three_best(row)}" + "   wrong" * (answer != label).item())
+        print(f"\n{kind} accuracy: {accuracies[-1]:.2%} ({total - len(wrong)} of {total} {what})", flush=True)
     if recipe.seeds > 1:
-        mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+        deviation, mean = torch.std_mean(torch.tensor(accuracies, dtype=torch.float64))
         print(f"{kind} accuracy: {mean:.3%} +- {deviation:.3%} (mean and standard deviation of "
               f"{recipe.seeds} seeds, {total} {what})")
 
 
 def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
-        batches: Callable[..., Iterator]) -> None:
-    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from. An
-    error that the user can fix ends in a sentence on stderr and exit code 2."""
+        batches: Callable[..., Iterator], *shows: Callable, read: Callable | None = None) -> None:
+    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from,
+    `shows` draw it, `read` answers --predict. What a user can mend ends in a sentence and exit code 2."""
     script = Path(script).name
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         recipe = read_options(about, full, small)
-        return experiment(script, build, recipe, batches)
+        return experiment(script, build, recipe, batches, shows, read)
     except Problem as problem:
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
         code, sentence = 128 + (stopped.args or [signal.SIGINT])[0], "stopped: add --resume to go on"
-    except (MemoryError, RuntimeError) as error:  # on a CPU and on MPS it is no OutOfMemoryError
-        if not any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
+    except OSError as error:
+        code, sentence = 2, f"cannot read or write ({error}): make room, or choose another --out"
+    except (MemoryError, RuntimeError) as error:
+        lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
+        hints = {"MemoryError": lower, "out of memory": lower, "allocate memory": lower,
+                 "DataLoader worker": "a worker process died: add --resume to go on, with fewer --workers",
+                 "torch._dynamo": "torch.compile does not work here: add --no-compile"}
+        code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error!r}"), None)
+        if not sentence:
             raise
-        code, sentence = 2, f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
     print(f"{script}: {sentence}", file=sys.stderr)
     sys.exit(code)

@@ -14,17 +14,18 @@ Words" (Dosovitskiy et al., 2020, arXiv 2010.11929).
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Block, Problem, Recipe, run, sample_numbers
+from common import RANK, RANKS, Attention, Block, Problem, Recipe, generator, normalise, run, sheet
 
-FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
+FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1, input_dropout=0.2,
               epochs=50, batch_size=512, lr=3e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1,
-               epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1, input_dropout=0.2,
+               epochs=28, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
 class PatchEmbedding(nn.Module):
@@ -36,11 +37,12 @@ class PatchEmbedding(nn.Module):
     patches do not fill the image.
     """
 
-    def __init__(self, dim: int, patch_size: int, image_size: int, channels: int) -> None:
+    def __init__(self, dim: int, patch_size: int, image_size: int, channels: int, dropout: float = 0) -> None:
         super().__init__()
         if image_size % patch_size:
             raise Problem(f"--patch-size {patch_size} does not divide {image_size} pixels: choose another")
         self.patch_size = patch_size
+        self.hide = nn.Dropout1d(dropout)  # some patches, each as a whole
         self.linear = nn.Linear(channels * patch_size**2, dim)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
@@ -48,18 +50,19 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT  # (B, N - 1, C * patch_size^2)
         class_tokens = self.class_token.expand(len(images), 1, -1)  # (B, 1, D)
-        return torch.cat([class_tokens, self.linear(patches)], dim=1) + self.positions  # (B, N, D)
+        return torch.cat([class_tokens, self.linear(self.hide(patches))], dim=1) + self.positions  # (B, N, D)
 
 
-def embedding(dim: int, patch_size: int, image_size: int = 28, channels: int = 1) -> nn.Module:
+def embedding(dim: int, patch_size: int, dropout: float, image_size: int = 28,
+              channels: int = 1) -> nn.Module:
     """What images go through first: a PatchEmbedding; or, where the patch is the whole image, only a change
     of shape to (B, D). Raises Problem when the flat image is not `dim` wide."""
     if patch_size != image_size:
-        return PatchEmbedding(dim, patch_size, image_size, channels)
+        return PatchEmbedding(dim, patch_size, image_size, channels, dropout)
     width = channels * image_size**2
     if dim != width:
         raise Problem(f"a flat image is {width} wide, not {dim}: choose --dim {width}, or smaller patches")
-    return nn.Flatten()
+    return nn.Sequential(nn.Flatten(), nn.Dropout(dropout))
 
 
 class Head(nn.Module):
@@ -85,15 +88,25 @@ class ViT(nn.Module):
     """
 
     def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
-                 image_size: int = 28, channels: int = 1, classes: int = 10) -> None:
+                 input_dropout: float = 0.0, image_size: int = 28, channels: int = 1,
+                 classes: int = 10) -> None:
         super().__init__()
-        self.embed = embedding(dim, patch_size, image_size, channels)
+        self.embed = embedding(dim, patch_size, input_dropout, image_size, channels)
         qkv_bias = patch_size < image_size  # the paper's ViT has one; nothing else here does
         self.blocks = nn.Sequential(*(Block(dim, heads, dropout, qkv_bias) for _ in range(layers)))
         self.head = Head(dim, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.embed(images)))
+
+
+def sample_numbers(size: int, recipe: Recipe, first_epoch: int = 0) -> Iterator[Tensor]:
+    """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
+    The order follows from the seed and the epoch. What does not fill a last batch is left out."""
+    for epoch in range(first_epoch, recipe.epochs):
+        numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
+        for batch in numbers.split(recipe.batch_size)[: size // recipe.batch_size]:
+            yield batch[RANK::RANKS]  # with several GPUs, each takes its share of a batch
 
 
 def plain_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:
@@ -104,8 +117,27 @@ def plain_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: i
         yield images[index], labels[index]
 
 
+@torch.no_grad()
+def show_attention(out: Path, model: nn.Module, images: Tensor, recipe: Recipe) -> None:
+    """Draws attention.png, a row a layer and a column a head. Flat: the 56 x 56 weights, orange, row i for
+    query i. Patches: the weights by which the class token takes from each patch, under the digit."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    Attention.fused = False
+    model.forward(normalise(images[:1].to(recipe.device)))  # not model(): that may be compiled
+    Attention.fused = True
+    weights = torch.cat([layer.weights.cpu() for layer in layers])  # (layers, H, d, d) or (layers, H, N, N)
+    ink = torch.zeros(1)
+    if recipe.patch_size < 28:
+        weights = weights[:, :, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
+        weights, ink = F.interpolate(weights, (28, 28)), images[0] / 255
+    names = [f"layer {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
+    weights = (weights / weights.amax((2, 3), keepdim=True)).flatten(0, 1).unsqueeze(-1)
+    paper = 1 - weights * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
+    sheet(out / "attention.png", (255 * paper * (1 - ink.unsqueeze(-1))).byte(), names, recipe.heads)
+
+
 def main() -> None:
-    run(__file__, __doc__, ViT, FULL, SMALL, plain_batches)
+    run(__file__, __doc__, ViT, FULL, SMALL, plain_batches, show_attention)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common import Block, Recipe, run
-from mini_vit import Head, embedding, plain_batches
+from mini_vit import Head, embedding, plain_batches, show_attention
 
 FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.1,
               epochs=50, batch_size=512, lr=2e-4, weight_decay=0.05)
@@ -25,9 +25,10 @@ SMALL = Recipe(small=True, layers=4, heads=4, dim=48, patch_size=7, dropout=0.1,
 class ConcatViT(nn.Module):
     """Images (B, 1, 28, 28) to logits (B, 10); flat or on patches, as in mini_vit.py."""
 
-    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0) -> None:
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
+                 input_dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed = embedding(dim, patch_size)
+        self.embed = embedding(dim, patch_size, input_dropout)
         self.first = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(Block(2 * dim, heads, dropout) for _ in range(layers))
         self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))
@@ -42,7 +43,7 @@ class ConcatViT(nn.Module):
 
 
 def main() -> None:
-    run(__file__, __doc__, ConcatViT, FULL, SMALL, plain_batches)
+    run(__file__, __doc__, ConcatViT, FULL, SMALL, plain_batches, show_attention)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ digits are augmented as in mini_vit_augment.py.
 from torch import Tensor, nn
 
 from common import Block, Recipe, run
-from mini_vit import Head, embedding
-from mini_vit_augment import augmented_batches
+from mini_vit import Head, embedding, show_attention
+from mini_vit_augment import augmented_batches, read_pictures, show_augmented
 
 FULL = Recipe(layers=12, heads=14, dim=784, patch_size=28, dropout=0.1,
               epochs=100, batch_size=512, lr=3e-4, weight_decay=0.05)
@@ -51,9 +51,10 @@ class DecoderLayer(nn.Module):
 class CrossViT(nn.Module):
     """Images (B, 1, 28, 28) to logits (B, 10), flat or on patches. The stream x starts as the image."""
 
-    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0) -> None:
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
+                 input_dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed = embedding(dim, patch_size)
+        self.embed = embedding(dim, patch_size, input_dropout)
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(layers))
         self.head = Head(dim)
 
@@ -65,7 +66,8 @@ class CrossViT(nn.Module):
 
 
 def main() -> None:
-    run(__file__, __doc__, CrossViT, FULL, SMALL, augmented_batches)
+    run(__file__, __doc__, CrossViT, FULL, SMALL, augmented_batches, show_attention, show_augmented,
+        read=read_pictures)
 
 
 if __name__ == "__main__":

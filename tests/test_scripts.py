@@ -42,7 +42,7 @@ def test_zero_epochs_evaluates_only(command_line: object) -> None:
 
 def test_seeds_and_validation(command_line: object) -> None:
     code, out, _ = command_line(mini_vit, TINY + " --seeds 2 --seed 5 --validate --batch-size 500")
-    what = "5000 held-out drawn training digits"
+    what = "5000 drawn validation digits"
     accuracies = re.findall(rf"^validation accuracy: (.*)% \(\d+ of {what}\)$", out, re.M)
     pattern = rf"validation accuracy: (.*)% \+- (.*)% \(mean and standard deviation of 2 seeds, {what}\)"
     mean, deviation = re.fullmatch(pattern, out.splitlines()[-1]).groups()
@@ -102,10 +102,10 @@ def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytes
 
 
 def test_full_size_on_a_cpu_says_how_long(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "train_epoch", lambda *args: (1.0, 0.1))
+    monkeypatch.setattr(common, "train_epoch", lambda *args: torch.tensor([1.0, 0.1]))
     monkeypatch.setattr(common, "predict", lambda model, images, device: torch.ones(len(images), 10))
     code, out, _ = command_line(mini_vit, "--layers 1 --epochs 1 --dataset drawn --device cpu")
-    assert code == 0 and re.search(r"an epoch will take about \d+ minutes here; --small", out)
+    assert code == 0 and re.search(r"about \d+ minutes an epoch; --small", out)
 
 
 def test_first_use_without_mnist(command_line: object, tmp_path: object) -> None:
