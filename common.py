@@ -274,7 +274,7 @@ def load(out: Path, recipe: Recipe) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
-        raise Problem(f"{path} is missing or damaged ({type(error).__name__}): omit --resume") from error
+        raise Problem(f"{path} is missing or damaged ({type(error).__name__}): train it first") from error
     if not isinstance(state, dict) or state.get("made_by") != expected:
         raise Problem(f"{path} is not of {expected}: give its options, or choose another --out")
     return state
@@ -361,7 +361,7 @@ def choose_device(name: str | None) -> str:
 
 
 def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
-               shows: tuple[Callable, ...], read: Callable) -> None:
+               read: Callable, shows: tuple[Callable, ...]) -> None:
     """From the first line to the last: trains the recipe's model, once a seed, and prints its accuracy."""
     device = choose_device(recipe.device)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
@@ -423,15 +423,15 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
 
 
 def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
-        batches: Callable[..., Iterator], *shows: Callable, read: Callable | None = None) -> None:
+        batches: Callable[..., Iterator], read: Callable, *shows: Callable) -> None:
     """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from,
-    `shows` draw it, `read` answers --predict. What a user can mend ends in a sentence and exit code 2."""
+    `read` answers --predict, `shows` draw. What a user can mend ends in a sentence and exit code 2."""
     script = Path(script).name
     if RANK:
         sys.stdout = open(os.devnull, "w")
     try:
         recipe = read_options(about, full, small)
-        return experiment(script, build, recipe, batches, shows, read)
+        return experiment(script, build, recipe, batches, read, shows)
     except Problem as problem:
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:

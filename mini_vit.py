@@ -137,7 +137,9 @@ def show_attention(out: Path, model: nn.Module, images: Tensor, recipe: Recipe) 
 
 
 def main() -> None:
-    run(__file__, __doc__, ViT, FULL, SMALL, plain_batches, show_attention)
+    from mini_vit_augment import read_pictures  # here, because that script imports this one
+
+    run(__file__, __doc__, ViT, FULL, SMALL, plain_batches, read_pictures, show_attention)
 
 
 if __name__ == "__main__":

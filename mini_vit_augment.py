@@ -103,7 +103,7 @@ def prepare(path: str) -> Tensor:
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Problem(f"{path} cannot be read as a picture ({error}): save it anew as PNG or JPEG") from error
-    picture.thumbnail((1000, 1000))
+    picture = ImageOps.contain(picture, (400, 400))
     pixels = pil_to_tensor(picture).permute(1, 2, 0) / 255  # (h, w, 4)
     pixels[..., :3] *= pixels[..., 3:]  # what is transparent has no colour
     # Paper is what the border shows. Light may fall off over it, so a plane is fitted to the border's pixels;
@@ -142,8 +142,8 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    run(__file__, __doc__, ViT, FULL, SMALL, augmented_batches, show_attention, show_augmented,
-        read=read_pictures)
+    run(__file__, __doc__, ViT, FULL, SMALL, augmented_batches, read_pictures, show_attention,
+        show_augmented)
 
 
 if __name__ == "__main__":

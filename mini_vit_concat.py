@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common import Block, Recipe, run
 from mini_vit import Head, embedding, plain_batches, show_attention
+from mini_vit_augment import read_pictures
 
 FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.1,
               epochs=50, batch_size=512, lr=2e-4, weight_decay=0.05)
@@ -43,7 +44,7 @@ class ConcatViT(nn.Module):
 
 
 def main() -> None:
-    run(__file__, __doc__, ConcatViT, FULL, SMALL, plain_batches, show_attention)
+    run(__file__, __doc__, ConcatViT, FULL, SMALL, plain_batches, read_pictures, show_attention)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ class CrossViT(nn.Module):
 
 
 def main() -> None:
-    run(__file__, __doc__, CrossViT, FULL, SMALL, augmented_batches, show_attention, show_augmented,
-        read=read_pictures)
+    run(__file__, __doc__, CrossViT, FULL, SMALL, augmented_batches, read_pictures, show_attention,
+        show_augmented)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ import mini_vit_concat
 import mini_vit_crossattn
 
 SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
-TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
+TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1 --dropout 0"
+TINY += " --input-dropout 0"
 
 
 @pytest.mark.parametrize("step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5), (99, 0.0003)])
@@ -115,3 +120,43 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 1, optimizer, recipe, 0)
     assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("script", [mini_vit, mini_vit_augment], ids=lambda script: script.__name__)
+def test_two_processes_train_as_one_does(command_line: object, script: object) -> None:
+    """torchrun with two processes on the CPU (gloo). Without dropout and augmentation the loss curve is that
+    of one process; augmented, each process has random numbers of its own."""
+    options = TINY + " --epochs 2 --batch-size 500 --lr 4e-3"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, script.__file__, *options.split(), "--out", "two"], capture_output=True,
+                          text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert command_line(script, options + " --out one")[0] == 0
+    run = f"{script.__name__}-drawn-small-seed0"
+    logs = [Path(out, run, "log.csv").read_text() for out in ("one", "two")]
+    one, two = ([[float(x) for x in line.split(",")] for line in log.splitlines()[1:]] for log in logs)
+    assert [row[0] for row in one] == [row[0] for row in two] == [1, 2]
+    for (_, loss, share, _), (_, same_loss, same_share, _) in zip(one, two):
+        assert same_loss == pytest.approx(loss, rel=1e-3 if script is mini_vit else 0.1)
+        assert same_share == pytest.approx(share, abs=2e-3 if script is mini_vit else 0.1)
+    assert done.stdout.count("epoch 1 of 2") == 1  # one process prints
+    assert done.stdout.splitlines()[-1].endswith(" of 2000 drawn test digits)")
+
+
+def test_the_batch_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = common.replace(mini_vit.SMALL, batch_size=8, epochs=2)
+    whole = list(mini_vit.sample_numbers(40, recipe))
+    monkeypatch.setattr(mini_vit, "RANKS", 2)
+    first = list(mini_vit.sample_numbers(40, recipe))
+    monkeypatch.setattr(mini_vit, "RANK", 1)
+    second = list(mini_vit.sample_numbers(40, recipe))
+    for batch, one, other in zip(whole, first, second, strict=True):
+        assert len(one) == len(other) == 4 and set(batch.tolist()) == set(torch.cat([one, other]).tolist())
+
+
+def test_a_batch_that_cannot_be_shared_is_told(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RANKS", 3)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    code, _, err = command_line(mini_vit, TINY + " --batch-size 100")
+    assert code == 2 and "choose a multiple of 3" in err and len(err.splitlines()) == 1
