@@ -427,8 +427,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
     """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from,
     `read` answers --predict, `shows` draw. What a user can mend ends in a sentence and exit code 2."""
     script = Path(script).name
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:
         recipe = read_options(about, full, small)
         return experiment(script, build, recipe, batches, read, shows)
@@ -436,15 +435,16 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
         code, sentence = 128 + (stopped.args or [signal.SIGINT])[0], "stopped: add --resume to go on"
-    except OSError as error:
-        code, sentence = 2, f"cannot read or write ({error}): make room, or choose another --out"
-    except (MemoryError, RuntimeError) as error:
+    except (ConnectionError, MemoryError, RuntimeError) as error:
+        sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
-        hints = {"MemoryError": lower, "out of memory": lower, "allocate memory": lower,
-                 "DataLoader worker": "a worker process died: add --resume to go on, with fewer --workers",
-                 "torch._dynamo": "torch.compile does not work here: add --no-compile"}
+        died = "a worker process died: add --resume to go on, with fewer --workers"
+        hints = {"MemoryError": lower, "out of memory": lower, "allocate memory": lower, "Connection": died,
+                 "DataLoader worker": died, "torch._dynamo": "the model cannot be compiled: add --no-compile"}
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error!r}"), None)
         if not sentence:
             raise
+    except OSError as error:
+        code, sentence = 2, f"cannot read or write ({error}): make room, or choose another --out"
     print(f"{script}: {sentence}", file=sys.stderr)
     sys.exit(code)

@@ -7,8 +7,8 @@ Measured on MNIST's test set: --small 99.46 % +- 0.08 (seeds 0, 1 and 2), 28 epo
 cores of an AMD EPYC. Full size: not measured yet.
 
 A big network can learn its training set by heart. So it never sees a digit twice: each is turned, sized,
-slanted, moved and bent anew whenever it is looked at. A GPU must not wait for that: a batch is augmented as a
-whole, in one vectorised step, and worker processes prepare the next ones while the model learns.
+slanted, moved and bent anew whenever it is looked at. A GPU must not wait for that: a batch is augmented as
+a whole, in one vectorised step, and worker processes prepare the next ones while the model learns.
 """
 
 import math
@@ -37,9 +37,8 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
             shear: float = 0.1, shift: float = 1.5, bend: float = 0.8) -> Tensor:
     """Bytes (B, 28, 28) to bytes (B, 28, 28), each image changed in a way of its own: uniformly, up to some
     `degrees` of rotation, factors 1 +- `scale` of width and height, `shear`, and `shift` pixels; then by an
-    elastic deformation (Simard et al., 2003), a smooth field that moves pixels by `bend` pixels (standard
-    deviation). Never flipped: a mirrored 2 is no 2. All of it makes one grid of places to look at, so that an
-    image is resampled only once, bilinearly."""
+    elastic deformation (Simard et al., 2003), a smooth field with a standard deviation of `bend` pixels. All
+    in one grid of places to look at, so that an image is resampled only once. A mirrored 2 is no 2: no flips."""
     count, size = len(images), images.shape[-1]
     angle, wide, high, slant, right, down = 2 * torch.rand(6, count, generator=random) - 1
     cos, sin = torch.cos(angle * math.radians(degrees)), torch.sin(angle * math.radians(degrees))
@@ -75,9 +74,10 @@ class AugmentedDigits(Dataset):
 
 
 def quiet(worker: int) -> None:
-    """A worker's errors are raised in the main process; what it would print itself is noise of its end."""
+    """Ctrl-C, SIGTERM and errors are for the main process to tell of; it ends its workers."""
     sys.excepthook = lambda *error: None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:

@@ -246,3 +246,25 @@ def test_a_data_set_that_was_asked_for_and_is_not_there_is_a_problem(tmp_path: P
     with pytest.raises(common.Problem, match=name) as problem:
         common.load_digits(name, str(tmp_path))
     assert all(file in str(problem.value) for file in FILES) and "\n" not in str(problem.value)
+
+
+def test_a_data_folder_that_is_read_only(small_mnist: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture) -> None:
+    """With the unpacked files in it, it is read; without, that is told. (root may write anywhere: so the
+    refusal is simulated.)"""
+    real = open
+
+    def refuse(file: object, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if str(file).startswith(str(small_mnist)) and set(mode) & set("wax+"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(common.Problem, match="Permission denied.*put "):
+        common.load_digits("MNIST", str(small_mnist))
+    monkeypatch.undo()
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", [])
+    for packed in (small_mnist / "MNIST" / "raw").glob("*.gz"):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    monkeypatch.setattr("builtins.open", refuse)
+    assert common.load_digits("MNIST", str(small_mnist))[0] == "MNIST"

@@ -81,7 +81,8 @@ def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number, code, group", [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)])
+@pytest.mark.parametrize("number, code, group", [
+    (signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True)])
 def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: int, group: bool) -> None:
     run = subprocess.Popen([sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1000",
                             "--workers", "2", "--out", str(tmp_path)],
@@ -89,11 +90,27 @@ def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: in
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not run.stdout.readline().startswith("epoch 2"):
         assert run.poll() is None
-    os.killpg(run.pid, number) if group else run.send_signal(number)  # Ctrl-C reaches the workers, too
+    os.killpg(run.pid, number) if group else run.send_signal(number)  # the workers get it, too, or not
     _, err = run.communicate(timeout=60)
     assert run.returncode == code and "Traceback" not in err
     assert err.splitlines()[-1] == "mini_vit_augment.py: stopped: add --resume to go on"
     assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 2
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers in /proc")
+def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+    run = subprocess.Popen([sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1000",
+                            "--workers", "2", "--out", str(tmp_path)],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("epoch 1"):
+        assert run.poll() is None
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("mini_vit_augment.py: a worker process died: add --resume")
+    assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 1
 
 
 def save(out: Path, number: int) -> None:
