@@ -38,7 +38,7 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     """Bytes (B, 28, 28) to bytes (B, 28, 28), each image changed in a way of its own: uniformly, up to some
     `degrees` of rotation, factors 1 +- `scale` of width and height, `shear`, and `shift` pixels; then by an
     elastic deformation (Simard et al., 2003), a smooth field with a standard deviation of `bend` pixels. All
-    in one grid of places to look at, so that an image is resampled only once. A mirrored 2 is no 2: no flips."""
+    in one grid of places to look at: an image is resampled only once. No flips: a mirrored 2 is no 2."""
     count, size = len(images), images.shape[-1]
     angle, wide, high, slant, right, down = 2 * torch.rand(6, count, generator=random) - 1
     cos, sin = torch.cos(angle * math.radians(degrees)), torch.sin(angle * math.radians(degrees))

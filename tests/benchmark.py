@@ -124,6 +124,10 @@ def flat_model(least: float, quick: bool) -> None:
         a, b = side_by_side(training_step(flat(None, layers), images),
                             training_step(flat(attention, layers), images), least, warm_up=1)
         print(f"| {layers} | {what} | {a:.3f} | {b:.3f} | {b / a:.2f} |", flush=True)
+    x = torch.randn(256, 784, device=DEVICE, requires_grad=True)
+    one, loop = common.Attention(784, 14).to(DEVICE), PerHead(784, 14).to(DEVICE)
+    a, b = side_by_side(lambda: one(x).sum().backward(), lambda: loop(x).sum().backward(), least)
+    print(f"| attention alone, no step | per-head loop | {a:.3f} | {b:.3f} | {b / a:.2f} |", flush=True)
 
 
 def augmentation(least: float, quick: bool) -> None:
