@@ -410,7 +410,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
             captions = [f"{label}, not {answer}" for label, answer in zip(test_labels[wrong], answers[wrong])]
             sheet(out / "mistakes.png", test_images[wrong][:40], captions, columns=8)
             for show in shows:
-                show(out, model, test_images, recipe)
+                show(out, model, images, test_images, recipe)
         accuracies.append(1 - len(wrong) / total)
         print(f"\nten {what}, and the model's three most probable answers:")
         for label, answer, row in zip(test_labels[:10], answers, probabilities):

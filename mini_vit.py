@@ -118,18 +118,18 @@ def plain_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: i
 
 
 @torch.no_grad()
-def show_attention(out: Path, model: nn.Module, images: Tensor, recipe: Recipe) -> None:
+def show_attention(out: Path, model: nn.Module, images: Tensor, test_images: Tensor, recipe: Recipe) -> None:
     """Draws attention.png, a row a layer and a column a head. Flat: the 56 x 56 weights, orange, row i for
     query i. Patches: the weights by which the class token takes from each patch, under the digit."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     Attention.fused = False
-    model.forward(normalise(images[:1].to(recipe.device)))  # not model(): that may be compiled
+    model.forward(normalise(test_images[:1].to(recipe.device)))  # not model(): that may be compiled
     Attention.fused = True
     weights = torch.cat([layer.weights.cpu() for layer in layers])  # (layers, H, d, d) or (layers, H, N, N)
     ink = torch.zeros(1)
     if recipe.patch_size < 28:
         weights = weights[:, :, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
-        weights, ink = F.interpolate(weights, (28, 28)), images[0] / 255
+        weights, ink = F.interpolate(weights, (28, 28)), test_images[0] / 255
     names = [f"layer {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
     weights = (weights / weights.amax((2, 3), keepdim=True)).flatten(0, 1).unsqueeze(-1)
     paper = 1 - weights * torch.tensor([0.0, 0.5, 1.0])  # from white to orange

@@ -88,7 +88,7 @@ def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoc
                            pin_memory=recipe.device.startswith("cuda")))
 
 
-def show_augmented(out: Path, model: nn.Module, images: Tensor, recipe: Recipe) -> None:
+def show_augmented(out: Path, model: nn.Module, images: Tensor, test_images: Tensor, recipe: Recipe) -> None:
     """Draws augmented.png: five digits on the left, and beside each what it can become."""
     pages = augment(images[:5].repeat_interleave(8, dim=0), generator(recipe.seed))
     pages[::8] = images[:5]
