@@ -440,7 +440,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
         died = "a worker process died: add --resume to go on, with fewer --workers"
         hints = {"MemoryError": lower, "out of memory": lower, "allocate memory": lower, "Connection": died,
-                 "DataLoader worker": died, "torch._dynamo": "the model cannot be compiled: add --no-compile"}
+                 "DataLoader worker": died, ".exc.": "the model cannot be compiled: add --no-compile"}
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error!r}"), None)
         if not sentence:
             raise

@@ -101,6 +101,19 @@ def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytes
     assert (code, err) == (2, "mini_vit.py: out of memory: choose a --batch-size below 512, or --small\n")
 
 
+def test_a_compiler_that_is_missing_is_told(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    for error in (InductorError(RuntimeError("No working C++ compiler"), None), TorchDynamoException("no")):
+        def breaks(*args: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(common, "train_epoch", breaks)
+        code, _, err = command_line(mini_vit, TINY)
+        assert (code, err) == (2, "mini_vit.py: the model cannot be compiled: add --no-compile\n")
+
+
 def test_full_size_on_a_cpu_says_how_long(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "train_epoch", lambda *args: torch.tensor([1.0, 0.1]))
     monkeypatch.setattr(common, "predict", lambda model, images, device: torch.ones(len(images), 10))
