@@ -39,11 +39,11 @@ class Attention(nn.Module):
 
         weights = softmax(query @ key^T / sqrt(width)),   out = weights @ value
 
-    Input (B, N, D): its N tokens attend to each other, as in every ViT. A head sees them d wide.
+    Input (B, N, D): its N tokens attend to each other, as in every ViT. Each head has d of the D numbers.
     Input (B, D), a flat image: its features do. The image is one token, and softmax over one token is always
     1, so attention over tokens would do nothing. But query, key and value of a head are d numbers each: taken
-    as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). This is the
-    one-token case of cross-covariance attention (El-Nouby et al., 2021, arXiv 2106.09681).
+    as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). Cross-covariance
+    attention (El-Nouby et al., 2021, arXiv 2106.09681) does this to many tokens at once, and normalises.
 
     Queries come from x; keys and values from the context, which has x's shape, or from x if there is none.
     Raises Problem when the heads do not divide dim.
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
-        """Cuts the last axis into heads, each with tokens of some width."""
+        """(B, N, D) to (B, H, N, d): N tokens of width d; and (B, D) to (B, H, d, 1): d tokens of width 1."""
         flat, x = x.dim() == 2, x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
         return x.unsqueeze(3) if flat else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-# ---- 2. digits: images are bytes, (N, 28, 28), until they are on the device --------------------------------
+# ---- 2. digits: images are bytes, (B, 28, 28), until they are on the device --------------------------------
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
 
 
@@ -167,25 +167,25 @@ class Recipe:
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches or flat pixels that training sets to 0"] = 0.0
-    epochs: Annotated[int, 0, "how often the model sees each training digit; 0 only evaluates"]
+    epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
     weight_decay: Annotated[float, 0, "AdamW's weight decay, on matrices only"]
     seed: Annotated[int, 0, "what everything random follows from"] = 0
     seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
-    out: Annotated[str, "folder for the runs, in <script>-<dataset>[-small]-seed<N>"] = "runs"
+    out: Annotated[str, "folder for the runs, in <script>-<dataset>[-small][-validate]-seed<N>"] = "runs"
     resume: Annotated[bool, "go on from the run's checkpoint"] = False
     predict: Annotated[list[str] | None, "pictures of digits, for the run's model to read"] = None
     validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
     dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
-    workers: Annotated[int | None, 0, "processes that augment, if any do (default 4, on a CPU 0)"] = None
+    workers: Annotated[int | None, 0, "processes that augment, if any do (default up to 4, on CPU 0)"] = None
     device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
     compile: Annotated[bool | None, "torch.compile the model (default on Linux with CUDA)"] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, (*bounds, meaning) = getattr(self, field.name), field.type.__metadata__
+            value, (*bounds, _) = getattr(self, field.name), field.type.__metadata__  # [], [low], [low, high]
             if bounds and value is not None and not bounds[0] <= value < [*bounds, math.inf][1]:
                 name, limits = field.name.replace("_", "-"), " to below ".join(map(str, bounds))
                 raise Problem(f"--{name} {value} fails: choose a number from {limits}")
@@ -251,7 +251,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torc
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str) -> Tensor:
-    """The model's probabilities for images (N, 28, 28), as (N, 10) on the CPU; without dropout."""
+    """The model's probabilities for images (B, 28, 28), as (B, 10) on the CPU; without dropout."""
     model.eval()
     with mixed_precision(device):
         logits = torch.cat([model(normalise(part.to(device))) for part in images.split(500)])
@@ -259,7 +259,9 @@ def predict(model: nn.Module, images: Tensor, device: str) -> Tensor:
 
 
 def write(path: Path, put: Callable) -> None:
-    """Writes a file under another name, and renames it when it is whole: `path` never names half a file."""
+    """Writes a file, in the first process only. It is renamed when whole: `path` never names half a file."""
+    if RANK:
+        return
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         put(file)
@@ -274,7 +276,7 @@ def load(out: Path, recipe: Recipe) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
-        raise Problem(f"{path} is missing or damaged ({type(error).__name__}): train it first") from error
+        raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
     if not isinstance(state, dict) or state.get("made_by") != expected:
         raise Problem(f"{path} is not of {expected}: give its options, or choose another --out")
     return state
@@ -288,13 +290,13 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    for number in (signal.SIGINT, signal.SIGTERM):  # a run ends between two steps, never within one
-        signal.signal(number, lambda number, frame: signals.append(number))
+    before = {number: signal.signal(number, lambda number, frame: signals.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}  # a run ends between two steps, never within one
     stream = itertools.takewhile(lambda batch: not signals, batches(first))
     learner = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages gradients
     for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
-        torch.manual_seed(generator(recipe.seed, epoch, RANK).initial_seed())  # for dropout
+        torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout
         means = train_epoch(learner, stream, steps, optimizer, recipe, epoch)
         if signals:
             raise KeyboardInterrupt(signals[0])
@@ -302,25 +304,25 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
             torch.distributed.all_reduce(means)
         loss, share = (means / RANKS).tolist()
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
-        if RANK == 0:
-            state = {"made_by": {"run": out.name, **recipe.sizes()}, "epoch": epoch + 1, "log": log,
-                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            write(out / "checkpoint.pt", lambda file: torch.save(state, file))
-            write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
+        state = {"made_by": {"run": out.name, **recipe.sizes()}, "epoch": epoch + 1, "log": log,
+                 "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        write(out / "checkpoint.pt", lambda file: torch.save(state, file))
+        write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
         print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
               f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
+    for number in before:
+        signal.signal(number, before[number])
 
 
 # ---- 4. pictures and the command line ----------------------------------------------------------------------
 def sheet(path: Path, images: Tensor, captions: list[str], columns: int) -> None:
-    """Writes bytes (N, height, width) or, in colour, (N, height, width, 3) as one PNG, with captions."""
+    """Writes bytes (B, height, width) or, in colour, (B, height, width, 3) as one PNG, with captions."""
     page = Image.new("RGB", (120 * columns, 140 * max(1, math.ceil(len(images) / columns))), "white")
-    draw = ImageDraw.Draw(page)
     for number, (image, caption) in enumerate(zip(images, captions)):
         y, x = divmod(number, columns)
         tile = Image.fromarray(image.numpy()).resize((112, 112), Image.Resampling.NEAREST)
         page.paste(tile, (120 * x + 4, 140 * y + 24))
-        draw.text((120 * x + 60, 140 * y + 12), caption, "black", ImageFont.load_default(14), "mm")
+        ImageDraw.Draw(page).text((120 * x + 60, 140 * y + 12), caption, 0, ImageFont.load_default(14), "mm")
     write(path, lambda file: page.save(file, "PNG"))
 
 
@@ -351,10 +353,9 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
 def choose_device(name: str | None) -> str:
     """The device asked for, or the fastest there is. Raises Problem when it is not available."""
     try:  # current_accelerator is None where there is but a CPU
-        if "LOCAL_RANK" in os.environ and torch.accelerator.is_available():  # each process has its GPU
+        if "LOCAL_RANK" in os.environ and name != "cpu" and torch.accelerator.is_available():  # a GPU each
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        probe = torch.zeros(1, device=name or torch.accelerator.current_accelerator(True))
-        return str(probe.device)
+        return str(torch.zeros(1, device=name or torch.accelerator.current_accelerator(True)).device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
@@ -367,13 +368,14 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(**recipe.sizes()).parameters())
-    digits = None if RANK else load_digits(recipe.dataset, recipe.data_dir)
+    wanted = "drawn" if recipe.predict else recipe.dataset, recipe.data_dir  # --predict needs no digits
+    digits = None if RANK else load_digits(*wanted)
     if RANKS > 1:
         torch.distributed.init_process_group()
         torch.distributed.barrier()  # until the first has unpacked the digits
-    digits = digits or load_digits(recipe.dataset, recipe.data_dir)
-    name, (images, labels), (test_images, test_labels) = digits
-    kind = "validation" if recipe.validate else "test"
+    name, (images, labels), (test_images, test_labels) = digits or load_digits(*wanted)
+    name = recipe.dataset or "MNIST" if recipe.predict else name
+    kind, suffix = ("validation", "-validate") if recipe.validate else ("test", "")
     if recipe.validate:
         (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
     steps, total, what = len(images) // recipe.batch_size, len(test_images), f"{name} {kind} digits"
@@ -383,17 +385,16 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     workers = 0 if device.startswith("cpu") else min(4, os.cpu_count() or 1)
     workers = workers if recipe.workers is None else recipe.workers
     recipe = replace(recipe, dataset=name, device=device, workers=workers)
-    print(f"{script}: {parameters:,} parameters, {device}, {len(images)} {name} digits, {recipe}", flush=True)
-    if device.startswith("cpu") and not recipe.small:  # 6 operations a parameter and digit, 1e11 a second
-        print(f"about {parameters * len(images) / 1e12:.0f} minutes an epoch; --small is for CPU", flush=True)
+    print(f"{script}: {parameters:,} parameters, {device}, {name}, {recipe}", flush=True)
+    if device == "cpu" and recipe.patch_size == 28 and recipe.epochs and not recipe.predict:  # at 1e11 FLOP/s
+        print(f"about {6 * parameters * len(images) / 6e12:.0f} minutes an epoch; see --small", flush=True)
 
     accuracies = []
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         torch.manual_seed(seed % 2**32)
         model = build(**recipe.sizes()).to(device)
         recipe = replace(recipe, seed=seed)
-        kinds = "-small" * recipe.small + "-validate" * recipe.validate
-        out = Path(recipe.out, f"{Path(script).stem}-{name}{kinds}-seed{seed}")
+        out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}{suffix}-seed{seed}")
         if recipe.predict:
             model.load_state_dict(load(out, recipe)["model"])
             return read(model, recipe)
@@ -406,11 +407,10 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
         probabilities = predict(model, test_images, device)
         answers = probabilities.argmax(dim=1)
         wrong = (answers != test_labels).nonzero().flatten()
-        if RANK == 0:
-            captions = [f"{label}, not {answer}" for label, answer in zip(test_labels[wrong], answers[wrong])]
-            sheet(out / "mistakes.png", test_images[wrong][:40], captions, columns=8)
-            for show in shows:
-                show(out, model, images, test_images, recipe)
+        captions = [f"{label}, not {answer}" for label, answer in zip(test_labels[wrong], answers[wrong])]
+        sheet(out / "mistakes.png", test_images[wrong][:40], captions, columns=8)
+        for show in shows:
+            show(out, model, images, test_images, recipe)
         accuracies.append(1 - len(wrong) / total)
         print(f"\nten {what}, and the model's three most probable answers:")
         for label, answer, row in zip(test_labels[:10], answers, probabilities):
@@ -438,9 +438,9 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
     except (ConnectionError, MemoryError, RuntimeError) as error:
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
-        died = "a worker process died: add --resume to go on, with fewer --workers"
-        hints = {"MemoryError": lower, "out of memory": lower, "allocate memory": lower, "Connection": died,
-                 "DataLoader worker": died, ".exc.": "the model cannot be compiled: add --no-compile"}
+        died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
+        hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "Connection": died,
+                 "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile"}
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error!r}"), None)
         if not sentence:
             raise

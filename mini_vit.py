@@ -113,14 +113,14 @@ def plain_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: i
     """The batches of all epochs. All digits lie on the device (47 MB), where a batch is one indexing away."""
     images, labels = images.to(recipe.device), labels.to(recipe.device)
     for numbers in sample_numbers(len(images), recipe, first_epoch):
-        index = (numbers % len(images)).to(recipe.device, non_blocking=True)
+        index = (numbers % len(images)).to(recipe.device, non_blocking=recipe.device.startswith("cuda"))
         yield images[index], labels[index]
 
 
 @torch.no_grad()
 def show_attention(out: Path, model: nn.Module, images: Tensor, test_images: Tensor, recipe: Recipe) -> None:
-    """Draws attention.png, a row a layer and a column a head. Flat: the 56 x 56 weights, orange, row i for
-    query i. Patches: the weights by which the class token takes from each patch, under the digit."""
+    """Draws attention.png: a row for each Attention of the model, a column a head, the largest weight of each
+    in full orange. Flat: d x d, row i for query i. Patches: what the class token takes from each."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     Attention.fused = False
     model.forward(normalise(test_images[:1].to(recipe.device)))  # not model(): that may be compiled
@@ -130,7 +130,7 @@ def show_attention(out: Path, model: nn.Module, images: Tensor, test_images: Ten
     if recipe.patch_size < 28:
         weights = weights[:, :, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
         weights, ink = F.interpolate(weights, (28, 28)), test_images[0] / 255
-    names = [f"layer {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
+    names = [f"no. {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
     weights = (weights / weights.amax((2, 3), keepdim=True)).flatten(0, 1).unsqueeze(-1)
     paper = 1 - weights * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
     sheet(out / "attention.png", (255 * paper * (1 - ink.unsqueeze(-1))).byte(), names, recipe.heads)

@@ -45,13 +45,13 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     wide, high, slant = 1 + wide * scale, 1 + high * scale, slant * shear
     right, down = right * shift * 2 / size, down * shift * 2 / size  # places go from -1 to 1
     affine = torch.stack([wide * cos, slant - high * sin, right, wide * sin, high * cos, down], dim=1)
-    # Where to look for each pixel: a sum of fields over the picture, in shares of each image's own. Rotation,
-    # size, shear and shift need three fields: how far right a pixel is, how far down it is, and 1.
+    # Where each pixel looks: a weighted sum of fields over the picture, each image with weights of its own.
+    # Rotation, size, shear and shift need three fields: how far right a pixel is, how far down, and 1.
     middle = (2 * torch.arange(size) + 1) / size - 1
     fields = torch.stack([middle.repeat(size), middle.repeat_interleave(size), torch.ones(size**2)])
     places = affine.view(2 * count, 3) @ fields  # (2 B, 3) @ (3, 784)
-    # To bend takes 49 more: a Gaussian bump on every fourth pixel, with random shares. The squares of all
-    # bumps sum to 1 at each pixel, so the places vary as much as the shares.
+    # To bend takes 49 more: a Gaussian bump on every fourth pixel, with random weights. The squares of all
+    # bumps sum to 1 at each pixel, so a place varies as much as one weight does, times `bend`.
     distance = torch.arange(size)[:, None] - (1.5 + torch.arange(0, size, 4))
     bump = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7), along one axis
     bumps = torch.kron(bump, bump).T * bend * 2 / size  # (49, 784)
@@ -74,7 +74,7 @@ class AugmentedDigits(Dataset):
 
 
 def quiet(worker: int) -> None:
-    """Ctrl-C, SIGTERM and errors are for the main process to tell of; it ends its workers."""
+    """In a worker: no signals, and no words about errors. The main process has both, and ends its workers."""
     sys.excepthook = lambda *error: None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -103,7 +103,7 @@ def prepare(path: str) -> Tensor:
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Problem(f"{path} cannot be read as a picture ({error}): save it anew as PNG or JPEG") from error
-    picture = ImageOps.contain(picture, (400, 400))
+    picture = picture.resize([max(1, round(400 * side / max(picture.size))) for side in picture.size])
     pixels = pil_to_tensor(picture).permute(1, 2, 0) / 255  # (h, w, 4)
     pixels[..., :3] *= pixels[..., 3:]  # what is transparent has no colour
     # Paper is what the border shows. Light may fall off over it, so a plane is fitted to the border's pixels;

@@ -26,7 +26,7 @@ def test_a_script_runs_from_any_folder(script: object, tmp_path: object) -> None
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     name = script.__name__ + ".py"
-    assert re.match(rf"{name}: [\d,]+ parameters, cpu, 10000 drawn digits, Recipe.small=True, ", lines[0])
+    assert re.match(rf"{name}: [\d,]+ parameters, cpu, drawn, Recipe.small=True, ", lines[0])
     assert re.match(r"epoch 1 of 1: loss \d\.\d+, [\d.]+% of the drawn training digits right, ", lines[1])
     answers = [line for line in lines if re.match(r"  \d: ( +\d +\d+\.\d%){3}", line)]
     assert len(answers) == 10
@@ -118,7 +118,7 @@ def test_full_size_on_a_cpu_says_how_long(command_line: object, monkeypatch: pyt
     monkeypatch.setattr(common, "train_epoch", lambda *args: torch.tensor([1.0, 0.1]))
     monkeypatch.setattr(common, "predict", lambda model, images, device: torch.ones(len(images), 10))
     code, out, _ = command_line(mini_vit, "--layers 1 --epochs 1 --dataset drawn --device cpu")
-    assert code == 0 and re.search(r"about \d+ minutes an epoch; --small", out)
+    assert code == 0 and re.search(r"about \d+ minutes an epoch; see --small", out)
 
 
 def test_first_use_without_mnist(command_line: object, tmp_path: object) -> None:
