@@ -74,6 +74,12 @@ def test_a_run_of_several_seeds_goes_on_in_the_seed_it_was_in(command_line: obje
     assert code == 0 and out.splitlines()[-1] == unbroken and out.count("epoch 1 of 2") == 1
 
 
+def test_after_training_a_signal_ends_a_run_at_once_again(command_line: object) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert command_line(mini_vit, f"{TINY} --epochs 1")[0] == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path) -> None:
     first = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")[1].splitlines()[-1]
     code, out, _ = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")

@@ -136,7 +136,8 @@ def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: ob
     Image.new("RGB", (200, 100), "white").save("blank.png")
     drawn_on([128] * 3, [128] * 3, noise=20)(Image.new("L", (28, 28))).save("noise.png")
     bad = ["truncated.jpg", "text.png", "blank.png", "noise.png", "missing.png", "."]
-    code, out, err = command_line(mini_vit_augment, " ".join([*trained[0], "--predict", *bad, "digit.jpg"]))
+    options = [*trained[0], "--data-dir", "nowhere", "--predict", *bad, "digit.jpg"]  # it needs no data set
+    code, out, err = command_line(mini_vit_augment, " ".join(options))
     assert code == 2 and "\ndigit.jpg: " in out and "Traceback" not in err
     lines = err.splitlines()
     assert len(lines) == len(bad)
