@@ -7,8 +7,8 @@ Measured on MNIST's test set: --small 99.46 % +- 0.08 (seeds 0, 1 and 2), 28 epo
 AMD EPYC. Full size: not measured yet.
 
 A big network can learn its training set by heart. So it never sees a digit twice: each is turned, sized,
-slanted, moved and bent anew whenever it is looked at. A GPU must not wait for that: a batch is augmented as
-a whole, in one vectorised step, and worker processes prepare the next ones while the model learns.
+slanted, moved and bent anew whenever it is looked at. A GPU does not wait for that: worker processes augment
+whole batches, each in one vectorised step, while the model learns from the last one.
 """
 
 import math
@@ -61,9 +61,8 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
 
 
 class AugmentedDigits(Dataset):
-    """Hands out augmented images and labels, a whole batch at a time. It is asked for by its sample numbers,
-    which differ from epoch to epoch (sample_numbers in mini_vit.py). The first seeds its augmentation: so no
-    two batches are alike, and the number of workers changes nothing."""
+    """Hands out augmented images and labels, a whole batch at a time, asked for by its sample numbers. The
+    first seeds its augmentation: so no two batches are alike, and the number of workers changes nothing."""
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         self.images, self.labels, self.seed = images, labels, seed
@@ -118,12 +117,14 @@ def prepare(path: str) -> Tensor:
         raise Problem(f"{path} shows no digit: take a picture where it stands out, with paper all around it")
     rows, columns = ((smooth > smooth.max() / 2).any(dim).nonzero() for dim in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    ink = (ink / ink.max() - 0.2).clamp(min=0) / 0.8  # the paper's noise becomes black
+    while ink.mean() < 0.3:  # a thin pen's line becomes as wide as MNIST's
+        ink = F.max_pool2d(ink[None], 3, stride=1, padding=1)[0]
     high, wide = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
     ink = F.interpolate(ink[None, None], (high, wide), mode="bilinear", antialias=True)[0, 0]
-    ink = (ink / ink.max() - 0.2).clamp(min=0) / 0.8  # the paper's noise becomes black
     centre = ((ink.sum(dim) * torch.arange(ink.shape[1 - dim])).sum() / ink.sum() for dim in (1, 0))
     top, left = (min(max(0, round(13.5 - at.item())), 28 - side) for at, side in zip(centre, (high, wide)))
-    return (255 * F.pad(ink, (left, 28 - wide - left, top, 28 - high - top))).byte()
+    return (255 * F.pad(ink / ink.max(), (left, 28 - wide - left, top, 28 - high - top))).byte()
 
 
 def read_pictures(model: nn.Module, recipe: Recipe) -> None:
@@ -142,8 +143,7 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    run(__file__, __doc__, ViT, FULL, SMALL, augmented_batches, read_pictures, show_attention,
-        show_augmented)
+    run(__file__, __doc__, ViT, FULL, SMALL, augmented_batches, read_pictures, show_attention, show_augmented)
 
 
 if __name__ == "__main__":
