@@ -3,8 +3,8 @@
     python mini_vit_concat.py             16 layers, 16 heads x 98 = 1568 wide, 493M parameters, for a GPU
     python mini_vit_concat.py --small     4 layers, on patches, 0.5M parameters, for a CPU
 
-Measured on MNIST's test set: --small 98.77 % (1 seed), 16 epochs in 9.1 minutes, on two cores of an AMD
-EPYC. Full size: not measured yet.
+Measured on MNIST's test set: --small 98.92 % +- 0.05 (seeds 0, 1 and 2), 16 epochs of 30 s on two cores of an
+AMD EPYC. Full size: not measured yet.
 
 Does a deep network forget its input? This one cannot: the image is concatenated with what the previous block
 made of it, the block works on both halves, 784 + 784 = 1568 wide, and a linear layer brings them back to 784.
