@@ -435,7 +435,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
         code, sentence = 128 + (stopped.args or [signal.SIGINT])[0], "stopped: add --resume to go on"
-    except (ConnectionError, MemoryError, RuntimeError) as error:
+    except (ConnectionResetError, ConnectionRefusedError, MemoryError, RuntimeError) as error:
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"

@@ -101,6 +101,16 @@ def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytes
     assert (code, err) == (2, "mini_vit.py: out of memory: choose a --batch-size below 512, or --small\n")
 
 
+def test_output_that_nobody_reads_ends_a_run_without_a_traceback(command_line: object,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*args: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(common, "train_epoch", closed)
+    code, _, err = command_line(mini_vit, TINY)
+    assert code == 2 and "Broken pipe" in err and len(err.splitlines()) == 1
+
+
 def test_a_compiler_that_is_missing_is_told(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
