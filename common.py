@@ -388,7 +388,6 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     print(f"{script}: {parameters:,} parameters, {device}, {name}, {recipe}", flush=True)
     if device == "cpu" and recipe.patch_size == 28 and recipe.epochs and not recipe.predict:  # at 1e11 FLOP/s
         print(f"about {6 * parameters * len(images) / 6e12:.0f} minutes an epoch; see --small", flush=True)
-
     accuracies = []
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         torch.manual_seed(seed % 2**32)
@@ -434,7 +433,8 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
     except Problem as problem:
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
-        code, sentence = 128 + (stopped.args or [signal.SIGINT])[0], "stopped: add --resume to go on"
+        code = 128 + (stopped.args or [signal.SIGINT])[0]
+        sentence = f"stopped: go on with python {' '.join(sys.argv)} --resume"
     except (ConnectionResetError, ConnectionRefusedError, MemoryError, RuntimeError) as error:
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"

@@ -99,7 +99,9 @@ def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: in
     os.killpg(run.pid, number) if group else run.send_signal(number)  # the workers get it, too, or not
     _, err = run.communicate(timeout=60)
     assert run.returncode == code and "Traceback" not in err
-    assert err.splitlines()[-1] == "mini_vit_augment.py: stopped: add --resume to go on"
+    options = f"{TINY} --epochs 1000 --workers 2 --out {tmp_path}"
+    command = f"python {mini_vit_augment.__file__} {options} --resume"
+    assert err.splitlines()[-1] == f"mini_vit_augment.py: stopped: go on with {command}"
     assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 2
 
 
