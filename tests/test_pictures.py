@@ -50,7 +50,8 @@ def drawn_on(paper: object, ink: object, side: int = 280, noise: float = 0) -> C
     def draw(digit: Image.Image) -> Image.Image:
         cover = np.asarray(digit.resize((side, side), Image.Resampling.BICUBIC))[..., None] / 255
         picture = (1 - cover) * np.asarray(paper) + cover * np.asarray(ink)
-        picture = picture + noise * np.random.default_rng(0).normal(size=picture.shape[:2] + (3,))
+        if noise:
+            picture = picture + noise * np.random.default_rng(0).normal(size=picture.shape[:2] + (3,))
         return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
     return draw
