@@ -1,7 +1,6 @@
 """What the four scripts share: 1. attention and blocks, 2. digits, 3. training, 4. pictures and options.
 
-Letters in the shape comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head.
-"""
+Letters in the shape comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head."""
 
 import argparse
 import gzip
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
 
 
 class Problem(ValueError):
@@ -45,9 +44,7 @@ class Attention(nn.Module):
     as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). Cross-covariance
     attention (El-Nouby et al., 2021, arXiv 2106.09681) does this to many tokens at once, and normalises.
 
-    Queries come from x; keys and values from the context, which has x's shape, or from x if there is none.
-    Raises Problem when the heads do not divide dim.
-    """
+    Queries are from x; keys and values from the context, or x. Raises Problem if heads do not divide dim."""
 
     fused = True  # False takes the formula as it is written, and leaves `weights` behind to look at
 
@@ -95,9 +92,6 @@ class Block(nn.Module):
 
 
 # ---- 2. digits: images are bytes, (B, 28, 28), until they are on the device --------------------------------
-DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
-
-
 def normalise(images: Tensor) -> Tensor:
     """Bytes (B, 28, 28) to floats (B, 1, 28, 28) with mean 0 and variance 1 over MNIST's training pixels."""
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
@@ -121,9 +115,8 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tensor], list[Tensor]]:
-    """The data set's name, then images and labels for training, then for the test. No name means MNIST or,
-    where that is not to be had, drawn digits and a warning. Raises Problem when the data set asked for is not
-    to be had, or a file is damaged."""
+    """The data set's name; images and labels for training, and for the test. No name means MNIST or, failing
+    that, drawn digits and a warning. Raises Problem if one asked for is not to be had, or one is damaged."""
     if name == "drawn":
         return name, list(draw_digits(10_000, seed=0)), list(draw_digits(2_000, seed=1))
     source = getattr(torchvision.datasets, name or "MNIST")
@@ -137,7 +130,7 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
     for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
         packed = root / source.__name__ / "raw" / file
         unpacked = packed.with_suffix("")
-        sound = check_integrity(packed, md5)
+        sound = torchvision.datasets.utils.check_integrity(packed, md5)
         if packed.exists() and not sound:
             raise Problem(f"{packed} is damaged: replace it, or delete it to have it downloaded again")
         if sound and unpacked.exists() and gzip.decompress(packed.read_bytes()) != unpacked.read_bytes():
@@ -170,7 +163,8 @@ class Recipe:
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
-    weight_decay: Annotated[float, 0, "AdamW's weight decay, on matrices only"]
+    weight_decay: Annotated[float, 0, "weight decay, on matrices only"]
+    muon: Annotated[bool | None, "Muon in place of AdamW, for the matrices"] = False
     seed: Annotated[int, 0, "what everything random follows from"] = 0
     seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
     out: Annotated[str, "folder for the runs, in <script>-<dataset>[-small][-validate]-seed<N>"] = "runs"
@@ -205,11 +199,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, falling)
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101); only matrices decay."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() == 2]},
-              {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
+    as long in all directions of a matrix, and about as long as AdamW's. Only matrices decay."""
+    matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) is flag] for flag in (True, False))
+    if recipe.muon:
+        first = torch.optim.Muon(matrices, recipe.lr, recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    else:
+        first = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return [first, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -218,26 +216,26 @@ def mixed_precision(device: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
 
-def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizer: torch.optim.Optimizer,
+def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: list[torch.optim.Optimizer],
                 recipe: Recipe, epoch: int) -> Tensor:
     """Learns from `steps` batches; returns the mean loss and the share of right answers on the way, (2,).
     Raises Problem when the loss is no longer a number."""
     model.train()
-    pinned, read_at = recipe.device.startswith("cuda"), 0.0
+    pinned, read_at, total = recipe.device.startswith("cuda"), 0.0, recipe.epochs * steps
     losses, right = torch.zeros(steps, device=recipe.device), torch.zeros((), device=recipe.device)
     bar = tqdm(itertools.islice(batches, steps), desc=f"epoch {epoch + 1}", total=steps, leave=False,
                unit=" images", unit_scale=recipe.batch_size, disable=RANK > 0)
     for step, (images, labels) in enumerate(bar):
         images, labels = (part.to(recipe.device, non_blocking=pinned) for part in (images, labels))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch * steps + step, recipe.epochs * steps, recipe.lr)
         with mixed_precision(recipe.device):
             logits = model(normalise(images))
             loss = F.cross_entropy(logits, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(epoch * steps + step, total, recipe.lr)
+            optimizer.step()
+            optimizer.zero_grad()
         losses[step] = loss.detach()
         right += (logits.argmax(dim=1) == labels).sum()
         if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # rarely: reading waits for the GPU
@@ -272,7 +270,7 @@ def write(path: Path, put: Callable) -> None:
 
 def load(out: Path, recipe: Recipe) -> dict:
     """A run's checkpoint. Raises Problem where there is none, it is damaged, or another run made it."""
-    path, expected = out / "checkpoint.pt", {"run": out.name, **recipe.sizes()}
+    path, expected = out / "checkpoint.pt", {"run": out.name, "muon": recipe.muon, **recipe.sizes()}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
@@ -284,12 +282,13 @@ def load(out: Path, recipe: Recipe) -> dict:
 
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
     """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
-    optimizer, first, log, signals = make_optimizer(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
+    optimizers, first, log, signals = make_optimizers(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
     if recipe.resume and (out / "checkpoint.pt").exists():
         state = load(out, recipe)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
     before = {number: signal.signal(number, lambda number, frame: signals.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}  # a run ends between two steps, never within one
     stream = itertools.takewhile(lambda batch: not signals, batches(first))
@@ -297,15 +296,16 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
     for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
         torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout
-        means = train_epoch(learner, stream, steps, optimizer, recipe, epoch)
+        means = train_epoch(learner, stream, steps, optimizers, recipe, epoch)
         if signals:
             raise KeyboardInterrupt(signals[0])
         if RANKS > 1:
             torch.distributed.all_reduce(means)
         loss, share = (means / RANKS).tolist()
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
-        state = {"made_by": {"run": out.name, **recipe.sizes()}, "epoch": epoch + 1, "log": log,
-                 "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"made_by": {"run": out.name, "muon": recipe.muon, **recipe.sizes()}, "epoch": epoch + 1,
+                 "log": log, "model": model.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(out / "checkpoint.pt", lambda file: torch.save(state, file))
         write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
         print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "

@@ -156,13 +156,13 @@ def loaders(least: float, quick: bool) -> None:
     for workers in (0, 1) if quick else (0, 1, 2, 4):
         recipe = common.replace(recipe, workers=workers, device=str(DEVICE), epochs=1000)
         model = mini_vit.ViT(**recipe.sizes()).to(DEVICE)
-        optimizer = common.make_optimizer(model, recipe)
+        optimizers = common.make_optimizers(model, recipe)
         stream = mini_vit_augment.augmented_batches(images, labels, recipe)
         batch = next(stream)
         some = [part.to(DEVICE) for part in batch]
 
         def steps(source: object, count: int = 50) -> None:
-            common.train_epoch(model, source, count, optimizer, recipe, 0)
+            common.train_epoch(model, source, count, optimizers, recipe, 0)
 
         a, b = side_by_side(lambda: steps(stream), lambda: steps(iter([some] * 50)), least, warm_up=1)
         print(f"| {workers} | {a * 20:.1f} | {b * 20:.1f} | {a / b - 1:.1%} |", flush=True)

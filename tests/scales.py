@@ -59,8 +59,9 @@ def measure(name: str, seed: int) -> None:
 
     before, steps = attended(), len(images) // recipe.batch_size
     torch.manual_seed(hash((seed, 0, 0)) % 2**32)  # for dropout, as common.train does
-    batches, optimizer = mini_vit.plain_batches(images, labels, recipe), common.make_optimizer(model, recipe)
-    common.train_epoch(model, batches, steps, optimizer, recipe, epoch=0)
+    batches = mini_vit.plain_batches(images, labels, recipe)
+    optimizers = common.make_optimizers(model, recipe)
+    common.train_epoch(model, batches, steps, optimizers, recipe, epoch=0)
     probabilities = common.predict(model, held_out, "cpu")
     accuracy = (probabilities.argmax(dim=1) == truth).float().mean()
     loss = F.nll_loss(probabilities.log(), truth)

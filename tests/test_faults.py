@@ -29,10 +29,11 @@ def log_of(out: Path, script: object) -> list[str]:
     return [line.rsplit(",", 1)[0] for line in lines[1:]]
 
 
-@pytest.mark.parametrize("script, workers", [(mini_vit, 0), (mini_vit_augment, 0), (mini_vit_augment, 2)])
+@pytest.mark.parametrize("script, more", [(mini_vit, "--muon"), (mini_vit_augment, "--workers 0"),
+                                          (mini_vit_augment, "--workers 2")])
 def test_a_stopped_run_ends_where_an_unbroken_one_does(command_line: object, monkeypatch: pytest.MonkeyPatch,
-                                                       tmp_path: Path, script: object, workers: int) -> None:
-    options = f"{TINY} --epochs 3 --workers {workers} --out {tmp_path}"
+                                                       tmp_path: Path, script: object, more: str) -> None:
+    options = f"{TINY} --epochs 3 {more} --out {tmp_path}"
     code, unbroken, _ = command_line(script, options + "/unbroken")
     assert code == 0
 
@@ -122,7 +123,7 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
 
 
 def save(out: Path, number: int) -> None:
-    state = {"made_by": {"run": out.name, **mini_vit.SMALL.sizes()}, "number": number,
+    state = {"made_by": {"run": out.name, "muon": False, **mini_vit.SMALL.sizes()}, "number": number,
              "tensor": torch.full((200_000,), number)}
     common.write(out / "checkpoint.pt", lambda file: torch.save(state, file))
 
@@ -182,7 +183,7 @@ class Code:
         return (os.mkdir, ("ran",))
 
 
-@pytest.mark.parametrize("fault", "empty truncated text code run heads".split())
+@pytest.mark.parametrize("fault", "empty truncated text code run heads muon".split())
 def test_a_bad_checkpoint_is_told(command_line: object, tmp_path: Path, fault: str) -> None:
     path = folder(tmp_path, mini_vit) / "checkpoint.pt"
     command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")

@@ -33,9 +33,13 @@ def test_learning_rate_of_short_runs() -> None:
 
 
 @pytest.mark.parametrize("build", [mini_vit.ViT, mini_vit_concat.ConcatViT, mini_vit_crossattn.CrossViT])
-def test_matrices_decay_and_nothing_else(build: type) -> None:
-    model = build(**mini_vit.SMALL.sizes())
-    decay, rest = common.make_optimizer(model, common.replace(mini_vit.SMALL, weight_decay=0.3)).param_groups
+@pytest.mark.parametrize("muon", [False, True])
+def test_matrices_decay_and_nothing_else(build: type, muon: bool) -> None:
+    recipe = common.replace(mini_vit.SMALL, weight_decay=0.3, muon=muon)
+    model = build(**recipe.sizes())
+    optimizers = common.make_optimizers(model, recipe)
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["Muon" if muon else "AdamW", "AdamW"]
+    (decay,), (rest,) = (optimizer.param_groups for optimizer in optimizers)
     assert decay["weight_decay"] == 0.3 and rest["weight_decay"] == 0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decaying = {names.pop(id(parameter)) for parameter in decay["params"]}
@@ -43,6 +47,23 @@ def test_matrices_decay_and_nothing_else(build: type) -> None:
     assert not names
     assert all(name.endswith("weight") and "norm" not in name for name in decaying)
     assert all(name.endswith("bias") or "norm" in name or name.startswith("embed.") for name in others)
+
+
+def test_a_step_of_muon_is_as_long_in_all_directions() -> None:
+    """From a gradient that is 100 times as long in one direction as in another. The root mean square of a
+    step is about 0.2 of the rate, as it is with AdamW (Liu et al., 2025, arXiv 2502.16982)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256))
+    recipe = common.replace(mini_vit.SMALL, muon=True, lr=0.01, weight_decay=0)
+    first, _ = common.make_optimizers(model, recipe)
+    before = model[0].weight.detach().clone()
+    u, _, v = torch.linalg.svd(torch.randn(256, 64), full_matrices=False)
+    model[0].weight.grad = u * torch.logspace(-1, 1, 64) @ v
+    first.step()
+    change = model[0].weight.detach() - before
+    lengths = torch.linalg.svdvals(change)
+    assert lengths.max() < 2 * lengths.min()
+    assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
 def test_predict_is_without_dropout_and_gradients() -> None:
@@ -94,9 +115,9 @@ def test_a_loss_that_is_no_number_stops_with_its_step() -> None:
     recipe = common.replace(mini_vit.SMALL, device="cpu", batch_size=10, epochs=1)
     images, labels = common.draw_digits(100, seed=0)
     model = Breaks()
-    optimizer = common.make_optimizer(model, recipe)
+    optimizers = common.make_optimizers(model, recipe)
     with pytest.raises(common.Problem, match="no longer a number in step 3"):
-        common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 10, optimizer, recipe, 0)
+        common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 10, optimizers, recipe, 0)
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +128,7 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     nn.init.normal_(model[1].weight, std=10)
     before = model[1].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 1, optimizer, recipe, 0)
+    common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 1, [optimizer], recipe, 0)
     assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)
 
 
