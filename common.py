@@ -44,7 +44,7 @@ class Attention(nn.Module):
     as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). Cross-covariance
     attention (El-Nouby et al., 2021, arXiv 2106.09681) does this to many tokens at once, and normalises.
 
-    Queries are from x; keys and values from the context, or x. Raises Problem if heads do not divide dim."""
+    Queries come from x; keys and values from context, else x. Raises Problem if heads do not divide dim."""
 
     fused = True  # False takes the formula as it is written, and leaves `weights` behind to look at
 
