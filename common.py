@@ -268,14 +268,14 @@ def write(path: Path, put: Callable) -> None:
     part.replace(path)
 
 
-def load(out: Path, recipe: Recipe) -> dict:
+def load(out: Path, expected: dict) -> dict:
     """A run's checkpoint. Raises Problem where there is none, it is damaged, or another run made it."""
-    path, expected = out / "checkpoint.pt", {"run": out.name, "muon": recipe.muon, **recipe.sizes()}
+    path = out / "checkpoint.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
         raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
-    if not isinstance(state, dict) or state.get("made_by") != expected:
+    if not isinstance(state, dict) or not expected.items() <= state.get("made_by", {}).items():
         raise Problem(f"{path} is not of {expected}: give its options, or choose another --out")
     return state
 
@@ -283,8 +283,9 @@ def load(out: Path, recipe: Recipe) -> dict:
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
     """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
     optimizers, first, log, signals = make_optimizers(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
+    made_by = {"run": out.name, **recipe.sizes(), "muon": recipe.muon}
     if recipe.resume and (out / "checkpoint.pt").exists():
-        state = load(out, recipe)
+        state = load(out, made_by)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -303,8 +304,7 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
             torch.distributed.all_reduce(means)
         loss, share = (means / RANKS).tolist()
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
-        state = {"made_by": {"run": out.name, "muon": recipe.muon, **recipe.sizes()}, "epoch": epoch + 1,
-                 "log": log, "model": model.state_dict(),
+        state = {"made_by": made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(out / "checkpoint.pt", lambda file: torch.save(state, file))
         write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
@@ -395,7 +395,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
         recipe = replace(recipe, seed=seed)
         out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}{suffix}-seed{seed}")
         if recipe.predict:
-            model.load_state_dict(load(out, recipe)["model"])
+            model.load_state_dict(load(out, {"run": out.name, **recipe.sizes()})["model"])
             return read(model, recipe)
         out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the training
         write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))

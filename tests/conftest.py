@@ -1,6 +1,8 @@
 """The scripts lie beside this folder; tests import them, and run them without a network."""
 
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def quiet_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same random numbers for each test, a folder of its own, and no download."""
+def quiet_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The same random numbers for each test, a folder of its own, no download; Ctrl-C still stops pytest."""
     import torchvision
 
     def no_network(*args: object, **kwargs: object) -> None:
@@ -21,6 +23,10 @@ def quiet_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number in before:  # a script that stops in the middle leaves its own behind
+        signal.signal(number, before[number])
 
 
 @pytest.fixture

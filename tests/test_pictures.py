@@ -154,6 +154,13 @@ def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: ob
         assert line.removeprefix("mini_vit_augment.py: ").startswith(path + " ") and ": " in line
 
 
+def test_a_picture_is_read_whatever_the_model_was_trained_with(command_line: object) -> None:
+    digit("black on white").save("digit.png")
+    assert command_line(mini_vit, TINY + " --muon")[0] == 0
+    code, out, err = command_line(mini_vit, TINY + " --no-muon --predict digit.png")
+    assert code == 0 and "digit.png: " in out, err
+
+
 def test_pictures_need_a_trained_model(command_line: object) -> None:
     digit("8 x 8").save("digit.png")
     code, _, err = command_line(mini_vit, TINY + " --predict digit.png")
