@@ -56,7 +56,7 @@ class PatchEmbedding(nn.Module):
 def embedding(dim: int, patch_size: int, dropout: float, image_size: int = 28,
               channels: int = 1) -> nn.Module:
     """What images go through first: a PatchEmbedding; or, where the patch is the whole image, only a change
-    of shape to (B, D). Raises Problem when the flat image is not `dim` wide."""
+    of shape to (B, D) and dropout. Raises Problem when the flat image is not `dim` wide."""
     if patch_size != image_size:
         return PatchEmbedding(dim, patch_size, image_size, channels, dropout)
     width = channels * image_size**2
