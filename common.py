@@ -275,7 +275,7 @@ def load(out: Path, expected: dict) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
         raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
-    if not isinstance(state, dict) or not expected.items() <= state.get("made_by", {}).items():
+    if not isinstance(state, dict) or not expected.items() <= state.items():
         raise Problem(f"{path} is not of {expected}: give its options, or choose another --out")
     return state
 
@@ -304,7 +304,7 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
             torch.distributed.all_reduce(means)
         loss, share = (means / RANKS).tolist()
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
-        state = {"made_by": made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
+        state = {**made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(out / "checkpoint.pt", lambda file: torch.save(state, file))
         write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))

@@ -46,7 +46,7 @@ def side_by_side(ours: Callable, theirs: Callable, least: float, warm_up: int = 
 
 
 def training_step(model: nn.Module, images: Tensor, muon: bool = False) -> Callable:
-    """A whole step: forward, backward, clip, optimizers; the same for all models."""
+    """A whole step: forward, backward, clip, the scripts' optimizers; the same for all models."""
     model, images, labels = model.to(DEVICE), images.to(DEVICE), torch.arange(len(images), device=DEVICE) % 10
     optimizers = common.make_optimizers(model, common.replace(mini_vit_augment.SMALL, muon=muon))
 
@@ -170,7 +170,7 @@ def loaders(least: float, quick: bool) -> None:
         del stream
 
 
-def muon(least: float, quick: bool) -> None:
+def muon_beside_adamw(least: float, quick: bool) -> None:
     print("\na training step of --small with AdamW and with Muon, whose arithmetic is bfloat16 in PyTorch;"
           "\nONEDNN_MAX_CPU_ISA=AVX2 shows a CPU that has no instructions for that")
     print("| with AdamW, ms | with Muon, ms | slower by a factor of |\n|---|---|---|")
@@ -188,7 +188,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {DEVICE} ({name})")
     tables = {"augmentation": augmentation, "loaders": loaders, "flat": flat_model,
-              "torchvision": beside_torchvision, "muon": muon}
+              "torchvision": beside_torchvision, "muon": muon_beside_adamw}
     for name, table in tables.items():
         if options.only in (None, name):
             table(0.5 if options.quick else 5.0, options.quick)

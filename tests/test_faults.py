@@ -123,7 +123,7 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
 
 
 def save(out: Path, number: int) -> None:
-    state = {"made_by": {"run": out.name}, "number": number, "tensor": torch.full((200_000,), number)}
+    state = {"run": out.name, "number": number, "tensor": torch.full((200_000,), number)}
     common.write(out / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
@@ -182,7 +182,7 @@ class Code:
         return (os.mkdir, ("ran",))
 
 
-@pytest.mark.parametrize("fault", "empty truncated text code run heads muon".split())
+@pytest.mark.parametrize("fault", "empty truncated text code run heads muon weights".split())
 def test_a_bad_checkpoint_is_told(command_line: object, tmp_path: Path, fault: str) -> None:
     path = folder(tmp_path, mini_vit) / "checkpoint.pt"
     command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
@@ -190,10 +190,11 @@ def test_a_bad_checkpoint_is_told(command_line: object, tmp_path: Path, fault: s
     bad = {"empty": b"", "truncated": sound[: len(sound) // 2], "text": b"hello"}
     path.write_bytes(bad.get(fault, sound))
     if fault == "code":
-        torch.save({"made_by": Code()}, path)
-    if fault in state["made_by"]:
-        state["made_by"][fault] = 7
-        torch.save(state, path)
+        torch.save({"run": Code()}, path)
+    if fault in state:
+        torch.save(state | {fault: 7}, path)
+    if fault == "weights":
+        torch.save(state["model"], path)
     code, _, err = command_line(mini_vit, f"{TINY} --epochs 2 --out {tmp_path} --resume")
     assert code == 2 and str(path) in err and "--" in err and "Traceback" not in err
     assert not Path("ran").exists()
