@@ -58,12 +58,13 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, H, N, d): N tokens of width d; and (B, D) to (B, H, d, 1): d tokens of width 1."""
-        flat, x = x.dim() == 2, x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
-        return x.unsqueeze(3) if flat else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
+        x = x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
+        return x.unsqueeze(3) if x.dim() == 3 else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        query, key, value = map(self.split, (self.query(x), self.key(context), self.value(context)))
+        query = self.split(self.query(x))
+        key, value = self.split(self.key(context)), self.split(self.value(context))
         if self.fused:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
@@ -159,7 +160,7 @@ class Recipe:
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
-    input_dropout: Annotated[float, 0, 1, "share of patches or flat pixels that training sets to 0"] = 0.0
+    input_dropout: Annotated[float, 0, 1, "share of patches that training leaves out, or of flat pixels"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
@@ -195,14 +196,17 @@ class Recipe:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Grows over the first tenth of the steps, then falls along half a cosine."""
     warmup = max(1, steps // 10)
-    falling = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)) / 2 + 0.5
-    return peak * min((step + 1) / warmup, falling)
+    if step < warmup:
+        return peak * ((step + 1) / warmup)
+    done = (step - warmup) / (steps - warmup)
+    return peak * (math.cos(math.pi * done) / 2 + 0.5)
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
     as long in all directions of a matrix, and about as long as AdamW's. Only matrices decay."""
-    matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) is flag] for flag in (True, False))
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     if recipe.muon:
         first = torch.optim.Muon(matrices, recipe.lr, recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
     else:

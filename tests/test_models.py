@@ -167,6 +167,19 @@ def test_patches_are_the_squares_of_the_image() -> None:
     torch.testing.assert_close(embed(image)[0, 2], image[0, 0, :4, 4:].flatten())  # 0 is the class token
 
 
+def test_training_leaves_out_patches_of_each_images_own_choice() -> None:
+    embed = mini_vit.PatchEmbedding(32, 7, image_size=28, channels=1, dropout=0.3)
+    images = torch.randn(200, 1, 28, 28)
+    some, whole = embed(images), embed.eval()(images)
+    assert some.shape == (200, 1 + 11, 32) and whole.shape == (200, 1 + 16, 32)  # 0.7 * 16 is about 11
+    same = (some.unsqueeze(2) - whole.unsqueeze(1)).abs().amax(dim=3) < 1e-6  # (200, 12, 17)
+    assert (same.sum(dim=2) == 1).all()  # each token is one of the whole image's, with its place
+    assert same[:, 0, 0].all()  # the class token first
+    kept = same.sum(dim=1)  # (200, 17)
+    assert kept.max() == 1 and len(kept.unique(dim=0)) > 150
+    assert ((kept[:, 1:].float().mean(dim=0) - 11 / 16).abs() < 0.15).all()  # 4.5 standard deviations
+
+
 @every_model
 def test_every_model_overfits_64_digits(name: str, flat: bool) -> None:
     images, labels = common.draw_digits(64, seed=0)
