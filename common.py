@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -43,7 +44,6 @@ class Attention(nn.Module):
     1, so attention over tokens would do nothing. But query, key and value of a head are d numbers each: taken
     as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). Cross-covariance
     attention (El-Nouby et al., 2021, arXiv 2106.09681) does this to many tokens at once, and normalises.
-
     Queries come from x; keys and values from context, else x. Raises Problem if heads do not divide dim."""
 
     fused = True  # False takes the formula as it is written, and leaves `weights` behind to look at
@@ -105,11 +105,10 @@ def generator(*numbers: int) -> torch.Generator:
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images and labels of stand-in digits: PIL's built-in font, each turned, sized and moved at random."""
-    pictures = [Image.new("L", (28, 28)) for digit in range(10)]
-    for digit, picture in enumerate(pictures):
-        ImageDraw.Draw(picture).text((14, 14), str(digit), 255, ImageFont.load_default(24), "mm")
-    labels = torch.arange(count) % 10
-    images = torch.tensor([list(picture.tobytes()) for picture in pictures]).float().view(10, 1, 28, 28)
+    page = Image.new("L", (28, 280))
+    for digit in range(10):
+        ImageDraw.Draw(page).text((14, 28 * digit + 14), str(digit), 255, ImageFont.load_default(24), "mm")
+    images, labels = torch.tensor(list(page.tobytes())).float().view(10, 1, 28, 28), torch.arange(count) % 10
     affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=generator(seed))
     grid = F.affine_grid(affine, [count, 1, 28, 28], align_corners=False)
     return F.grid_sample(images[labels], grid, align_corners=False).squeeze(1).byte(), labels
@@ -126,7 +125,7 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
     try:
         train, test = (source(root, train=train, download=True) for train in (True, False))
         failure = None
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of the network, the disk, a checksum: a dozen kinds
         failure = error
     for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
         packed = root / source.__name__ / "raw" / file
@@ -151,8 +150,7 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
 # ---- 3. training -------------------------------------------------------------------------------------------
 @dataclass(kw_only=True)
 class Recipe:
-    """A model's sizes and how it is trained. Each field is an option of the command line, with its lowest
-    value and its help. Raises Problem for a value that makes no sense."""
+    """A model and its training; each field is an option. Raises Problem for a value that makes no sense."""
 
     small: Annotated[bool, "the small model, on patches, for a CPU"] = False
     layers: Annotated[int, 1, "layers of the model"]
@@ -160,7 +158,7 @@ class Recipe:
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
-    input_dropout: Annotated[float, 0, 1, "share of patches that training leaves out, or of flat pixels"] = 0.0
+    input_dropout: Annotated[float, 0, 1, "share of patches or flat pixels left out in training"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
@@ -198,15 +196,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     warmup = max(1, steps // 10)
     if step < warmup:
         return peak * ((step + 1) / warmup)
-    done = (step - warmup) / (steps - warmup)
-    return peak * (math.cos(math.pi * done) / 2 + 0.5)
+    return peak * (math.cos(math.pi * (step - warmup) / (steps - warmup)) / 2 + 0.5)
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
     as long in all directions of a matrix, and about as long as AdamW's. Only matrices decay."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
     if recipe.muon:
         first = torch.optim.Muon(matrices, recipe.lr, recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
     else:
@@ -222,8 +218,7 @@ def mixed_precision(device: str) -> torch.autocast:
 
 def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: list[torch.optim.Optimizer],
                 recipe: Recipe, epoch: int) -> Tensor:
-    """Learns from `steps` batches; returns the mean loss and the share of right answers on the way, (2,).
-    Raises Problem when the loss is no longer a number."""
+    """Learns from `steps` batches; returns mean loss and share of right answers. Raises Problem on NaN."""
     model.train()
     pinned, read_at, total = recipe.device.startswith("cuda"), 0.0, recipe.epochs * steps
     losses, right = torch.zeros(steps, device=recipe.device), torch.zeros((), device=recipe.device)
@@ -273,37 +268,40 @@ def write(path: Path, put: Callable) -> None:
 
 
 def load(out: Path, expected: dict) -> dict:
-    """A run's checkpoint. Raises Problem where there is none, it is damaged, or another run made it."""
+    """A run's checkpoint. Raises Problem where there is none, it is damaged, or other options made it."""
     path = out / "checkpoint.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a dozen kinds
         raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
-    if not isinstance(state, dict) or not expected.items() <= state.items():
-        raise Problem(f"{path} is not of {expected}: give its options, or choose another --out")
+    other = {name: value for name, value in expected.items() if state.get(name) != value}
+    if other:
+        raise Problem(f"{path} was not made with {other}: give its own options, or choose another --out")
     return state
 
 
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
     """Trains for all epochs of `steps` batches each; after each, prints a line and saves a checkpoint."""
     optimizers, first, log, signals = make_optimizers(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
-    made_by = {"run": out.name, **recipe.sizes(), "muon": recipe.muon}
-    if recipe.resume and (out / "checkpoint.pt").exists():
+    names = ("muon", "epochs", "batch_size", "lr", "weight_decay") if recipe.epochs else ()
+    made_by = {"run": out.name, **recipe.sizes(), **{name: getattr(recipe, name) for name in names}}
+    if recipe.resume and (not recipe.epochs or (out / "checkpoint.pt").exists()):
         state = load(out, made_by)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-    before = {number: signal.signal(number, lambda number, frame: signals.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}  # a run ends between two steps, never within one
-    stream = itertools.takewhile(lambda batch: not signals, batches(first))
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    stream = itertools.takewhile(lambda batch: not signals, batches(first))  # signals are not for its workers
+    for number in before:  # a run ends between two steps, never within one
+        signal.signal(number, lambda number, frame: signals.append(number))
     learner = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages gradients
     for epoch in range(first, recipe.epochs):
         start = time.perf_counter()
         torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout
         means = train_epoch(learner, stream, steps, optimizers, recipe, epoch)
         if signals:
-            raise KeyboardInterrupt(signals[0])
+            break
         if RANKS > 1:
             torch.distributed.all_reduce(means)
         loss, share = (means / RANKS).tolist()
@@ -316,6 +314,8 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
               f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
     for number in before:
         signal.signal(number, before[number])
+    if signals:
+        raise KeyboardInterrupt(signals[0])
 
 
 # ---- 4. pictures and the command line ----------------------------------------------------------------------
@@ -338,7 +338,7 @@ def three_best(row: Tensor) -> str:
 def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     """The recipe that the command line asks for."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--small] [options]", description=about,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Recipe):
         kind, meaning = field.type.__origin__, field.type.__metadata__[-1]
         how = {"type": (get_args(kind) or [kind])[0], "metavar": "X"}
@@ -348,8 +348,7 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
             how = {"action": argparse.BooleanOptionalAction if kind == bool | None else "store_true"}
         elif getattr(full, field.name) is not None:
             meaning += f" (default {getattr(full, field.name)}; small {getattr(small, field.name)})"
-        how |= {"default": argparse.SUPPRESS, "help": meaning}
-        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+        parser.add_argument("--" + field.name.replace("_", "-"), help=meaning, **how)
     given = vars(parser.parse_args())
     return replace(small if "small" in given else full, **given)
 
@@ -361,8 +360,7 @@ def choose_device(name: str | None) -> str:
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         return str(torch.zeros(1, device=name or torch.accelerator.current_accelerator(True)).device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise Problem(f"--device {name} does not work here ({reason}): choose another, or cpu") from error
+        raise Problem(f"--device {name} does not work here: choose another, or cpu") from error
 
 
 def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
@@ -383,9 +381,8 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     if recipe.validate:
         (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
     steps, total, what = len(images) // recipe.batch_size, len(test_images), f"{name} {kind} digits"
-    if steps == 0 or recipe.batch_size % RANKS:
-        raise Problem(f"--batch-size {recipe.batch_size} does not suit {len(images)} digits, {RANKS} ranks: "
-                      f"choose a multiple of {RANKS}, at most {len(images)}")
+    if (steps == 0 or recipe.batch_size % RANKS) and not recipe.predict:
+        raise Problem(f"--batch-size {recipe.batch_size}: choose a multiple of {RANKS}, up to {len(images)}")
     workers = 0 if device.startswith("cpu") else min(4, os.cpu_count() or 1)
     workers = workers if recipe.workers is None else recipe.workers
     recipe = replace(recipe, dataset=name, device=device, workers=workers)
@@ -403,7 +400,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
             return read(model, recipe)
         out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the training
         write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))
-        if recipe.compile or recipe.compile is None and device.startswith("cuda") and sys.platform == "linux":
+        if recipe.compile or (recipe.compile is None and device[:4] == "cuda" and sys.platform == "linux"):
             torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()
         train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out)
@@ -421,8 +418,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
         print(f"\n{kind} accuracy: {accuracies[-1]:.2%} ({total - len(wrong)} of {total} {what})", flush=True)
     if recipe.seeds > 1:
         deviation, mean = torch.std_mean(torch.tensor(accuracies, dtype=torch.float64))
-        print(f"{kind} accuracy: {mean:.3%} +- {deviation:.3%} (mean and standard deviation of "
-              f"{recipe.seeds} seeds, {total} {what})")
+        print(f"{kind} accuracy: {mean:.3%} +- {deviation:.3%} ({recipe.seeds} seeds, {total} {what})")
 
 
 def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
@@ -431,6 +427,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
     `read` answers --predict, `shows` draw. What a user can mend ends in a sentence and exit code 2."""
     script = Path(script).name
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that a console has not
     try:
         recipe = read_options(about, full, small)
         return experiment(script, build, recipe, batches, read, shows)
@@ -438,17 +435,16 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args or [signal.SIGINT])[0]
-        sentence = f"stopped: go on with python {' '.join(sys.argv)} --resume"
-    except (ConnectionResetError, ConnectionRefusedError, MemoryError, RuntimeError) as error:
+        sentence = f"stopped: go on with python {shlex.join(sys.argv)} --resume"
+    except (MemoryError, RuntimeError, OSError) as error:
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
         hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "Connection": died,
-                 "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile"}
-        code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error!r}"), None)
+                 "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile",
+                 "Errno": f"cannot read or write ({error}): make room, or choose another --out"}
+        code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), None)
         if not sentence:
             raise
-    except OSError as error:
-        code, sentence = 2, f"cannot read or write ({error}): make room, or choose another --out"
     print(f"{script}: {sentence}", file=sys.stderr)
     sys.exit(code)

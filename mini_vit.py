@@ -29,14 +29,12 @@ SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1,
 
 
 class PatchEmbedding(nn.Module):
-    """Images (B, C, S, S) to tokens (B, N, D), one for each patch and a class token: N = 1 + (S /
-    patch_size)^2.
+    """Images (B, C, S, S) to tokens (B, N, D): a class token, then one a patch, N = 1 + (S / patch_size)^2.
 
     Each patch goes through the same linear layer. The class token, which will carry the answer, goes first. A
     learned vector is added for each place, or no place could be told from another. In training, a share
-    `dropout` of an image's patches is left out, as in PatchDropout (Liu et al., 2022, arXiv 2208.07220): then
-    N is smaller, and a step cheaper. Raises Problem when the patches do not fill the image.
-    """
+    `dropout` of an image's patches is left out, as in PatchDropout (Liu et al., 2022, arXiv 2208.07220): N is
+    smaller then, and a step cheaper. Raises Problem when the patches do not fill the image."""
 
     def __init__(self, dim: int, patch_size: int, image_size: int, channels: int, dropout: float = 0) -> None:
         super().__init__()
@@ -51,8 +49,8 @@ class PatchEmbedding(nn.Module):
         patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT  # (B, N - 1, C * patch_size^2)
         tokens = self.linear(patches) + self.positions[:, 1:]  # (B, N - 1, D)
         if self.training and self.dropout:
-            order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)  # of each image's own
-            kept = order[:, : round(tokens.shape[1] * (1 - self.dropout))]
+            order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)  # one for each image
+            kept = order[:, : max(1, round(tokens.shape[1] * (1 - self.dropout)))]
             tokens = tokens.take_along_dim(kept.unsqueeze(-1), dim=1)  # (B, fewer, D)
         class_tokens = (self.class_token + self.positions[:, :1]).expand(len(images), -1, -1)  # (B, 1, D)
         return torch.cat([class_tokens, tokens], dim=1)  # (B, N, D)
@@ -106,8 +104,9 @@ class ViT(nn.Module):
 
 
 def sample_numbers(size: int, recipe: Recipe, first_epoch: int = 0) -> Iterator[Tensor]:
-    """The batches of all epochs from the first; sample number n is digit n % size, seen in epoch n // size.
-    The order follows from the seed and the epoch. What does not fill a last batch is left out."""
+    """The batches of all epochs from the first, in an order that follows from seed and epoch. Number n means
+    digit n % size in epoch n // size: no number comes twice, so each can be augmented in a way of its own.
+    What does not fill a last batch is left out."""
     for epoch in range(first_epoch, recipe.epochs):
         numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
         for batch in numbers.split(recipe.batch_size)[: size // recipe.batch_size]:
@@ -135,9 +134,9 @@ def show_attention(out: Path, model: nn.Module, images: Tensor, test_images: Ten
     if recipe.patch_size < 28:
         weights = weights[:, :, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
         weights, ink = F.interpolate(weights, (28, 28)), test_images[0] / 255
+    share = (weights / weights.amax((2, 3), keepdim=True)).flatten(0, 1).unsqueeze(-1)
+    paper = 1 - share * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
     names = [f"no. {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
-    weights = (weights / weights.amax((2, 3), keepdim=True)).flatten(0, 1).unsqueeze(-1)
-    paper = 1 - weights * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
     sheet(out / "attention.png", (255 * paper * (1 - ink.unsqueeze(-1))).byte(), names, recipe.heads)
 
 

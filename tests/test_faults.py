@@ -97,13 +97,22 @@ def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: in
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not run.stdout.readline().startswith("epoch 2"):
         assert run.poll() is None
-    os.killpg(run.pid, number) if group else run.send_signal(number)  # the workers get it, too, or not
-    _, err = run.communicate(timeout=60)
+    try:
+        os.killpg(run.pid, number) if group else run.send_signal(number)  # the workers get it, too, or not
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == code and "Traceback" not in err
     options = f"{TINY} --epochs 1000 --workers 2 --out {tmp_path}"
     command = f"python {mini_vit_augment.__file__} {options} --resume"
     assert err.splitlines()[-1] == f"mini_vit_augment.py: stopped: go on with {command}"
     assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 2
+
+
+def workers_of(process: int) -> list[int]:
+    """Its children; or, where a fork server makes the workers, the children of that."""
+    children = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [worker for child in children for worker in workers_of(child)] or children
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers in /proc")
@@ -113,13 +122,41 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not run.stdout.readline().startswith("epoch 1"):
         assert run.poll() is None
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    assert len(children) == 2
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
+    try:
+        os.kill(workers_of(run.pid)[0], signal.SIGKILL)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == 2 and "Traceback" not in err
     assert "mini_vit_augment.py: a worker, or another rank, died: add --resume" in err.splitlines()[-1]
     assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_workers_that_cannot_start_do_not_hang_a_run(tmp_path: Path) -> None:
+    import resource
+
+    command = [sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1", "--workers", "40"]
+    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=60,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "Too many open files" in run.stderr.splitlines()[-1]
+
+
+def test_a_signal_while_the_last_epoch_is_saved_is_heard(command_line: object,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.save
+
+    def interrupted(content: object, file: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        original(content, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    code, out, err = command_line(mini_vit, TINY + " --epochs 1 --seeds 2")
+    assert code == 143 and "accuracy" not in out and "--resume" in err
+    monkeypatch.setattr(torch, "save", original)
+    code, out, _ = command_line(mini_vit, TINY + " --epochs 1 --seeds 2 --resume")
+    assert code == 0 and out.count("epoch 1 of 1") == 1  # only the second seed's
 
 
 def save(out: Path, number: int) -> None:
@@ -200,7 +237,17 @@ def test_a_bad_checkpoint_is_told(command_line: object, tmp_path: Path, fault: s
     assert not Path("ran").exists()
 
 
-def test_other_sizes_are_told(command_line: object, tmp_path: Path) -> None:
-    command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
-    code, _, err = command_line(mini_vit, f"{TINY} --layers 2 --epochs 1 --out {tmp_path} --resume")
-    assert code == 2 and "is not of" in err and "'layers': 2" in err
+@pytest.mark.parametrize("name, value", [("layers", 2), ("epochs", 2), ("batch-size", 50), ("lr", 1e-5),
+                                         ("weight-decay", 0.5)])
+def test_other_options_are_told(command_line: object, tmp_path: Path, name: str, value: float) -> None:
+    """--resume does not go on with what other options have trained, nor hand it out as their result."""
+    options = f"{TINY} --epochs 1 --out {tmp_path}"
+    command_line(mini_vit, options)
+    code, out, err = command_line(mini_vit, f"{options} --resume --{name} {value}")
+    assert code == 2 and "accuracy" not in out and len(err.splitlines()) == 1
+    assert f"was not made with {{'{name.replace('-', '_')}': {value}}}" in err
+
+
+def test_an_evaluation_of_nothing_is_told(command_line: object, tmp_path: Path) -> None:
+    code, out, err = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")
+    assert code == 2 and "accuracy" not in out and "train it first" in err

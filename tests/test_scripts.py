@@ -44,7 +44,7 @@ def test_seeds_and_validation(command_line: object) -> None:
     code, out, _ = command_line(mini_vit, TINY + " --seeds 2 --seed 5 --validate --batch-size 500")
     what = "5000 drawn validation digits"
     accuracies = re.findall(rf"^validation accuracy: (.*)% \(\d+ of {what}\)$", out, re.M)
-    pattern = rf"validation accuracy: (.*)% \+- (.*)% \(mean and standard deviation of 2 seeds, {what}\)"
+    pattern = rf"validation accuracy: (.*)% \+- (.*)% \(2 seeds, {what}\)"
     mean, deviation = re.fullmatch(pattern, out.splitlines()[-1]).groups()
     first, second = map(float, accuracies)
     assert code == 0 and first != second
