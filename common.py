@@ -441,9 +441,9 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
         hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "Connection": died,
-                 "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile",
-                 "Errno": f"cannot read or write ({error}): make room, or choose another --out"}
-        code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), None)
+                 "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile"}
+        disk = isinstance(error, OSError) and f"cannot read or write ({error}): make room, or change --out"
+        code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), disk)
         if not sentence:
             raise
     print(f"{script}: {sentence}", file=sys.stderr)
