@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,12 +150,12 @@ def test_budgets() -> None:
 
 
 def test_the_commands_of_readme_and_docstrings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [ROOT.joinpath("README.md").read_text(), *(script.__doc__ for script in SCRIPTS)]
+    texts = [ROOT.joinpath("README.md").read_text(encoding="utf-8"), *(script.__doc__ for script in SCRIPTS)]
     commands = {line for text in texts for line in re.findall(r"python (mini_vit\w*\.py[^`\n&#|]*)", text)}
     assert len(commands) >= 8
     for command in commands:
         name, *options = command.split("  ")[0].split()
-        script = next(script for script in SCRIPTS if script.__file__.endswith("/" + name))
+        script = next(script for script in SCRIPTS if Path(script.__file__).name == name)
         monkeypatch.setattr(sys, "argv", [name, *options])
         common.read_options("", script.FULL, script.SMALL)
 
@@ -163,3 +164,13 @@ def test_nothing_happens_at_import() -> None:
     code = "import mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_readmes_attention_gives_the_numbers_beside_it() -> None:
+    code = re.search(r"```python\n(.*?)```", ROOT.joinpath("README.md").read_text(encoding="utf-8"), re.S)[1]
+    names: dict = {}
+    exec(code, names)
+    comments = [line.split("#")[1] for line in code.splitlines() if line.startswith("print")]
+    said = re.findall(r"\d\.\d\d", " ".join(comments))
+    shown = torch.cat([names["weights"].flatten(), names["out"].flatten()]).tolist()
+    assert [float(number) for number in said] == pytest.approx(shown, abs=0.006)
