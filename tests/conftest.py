@@ -1,15 +1,38 @@
 """The scripts lie beside this folder; tests import them, and run them without a network."""
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # one core for the tests, one for the training beside them
 import torch
 
 ROOT = Path(__file__).parent.parent
+MNIST = (ROOT / "data/MNIST/raw/train-images-idx3-ubyte.gz").exists()
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training(request: pytest.FixtureRequest,
+             tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple | None]:
+    """A run on one core, of a minute or so, for the tests that need a trained model. It begins before all
+    tests, and goes on beside them: its process, its options, and the file with what it prints."""
+    if not any("trained" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["--small", "--device", "cpu", "--out", str(folder), "--epochs"]
+    options += ["2", "--dataset", "MNIST"] if MNIST else ["6", "--dataset", "drawn"]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, str(ROOT / "mini_vit_augment.py"), *options], stdout=log,
+                                   stderr=subprocess.STDOUT)
+    yield process, options, folder / "log"
+    process.kill()
 
 
 @pytest.fixture(autouse=True)
