@@ -33,6 +33,7 @@ def training(request: pytest.FixtureRequest,
                                    stderr=subprocess.STDOUT)
     yield process, options, folder / "log"
     process.kill()
+    process.wait()
 
 
 @pytest.fixture(autouse=True)

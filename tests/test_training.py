@@ -97,7 +97,7 @@ def test_a_short_run_on_drawn_digits_is_well_above_chance(command_line: object, 
     code, out, err = command_line(script, TINY + " --layers 2 --dim 32 --epochs 2 --lr 4e-3")
     assert code == 0, err
     accuracy = float(out.splitlines()[-1].split("%")[0].split()[-1])
-    assert accuracy > 30  # of 10, by chance; 47 to 60 was measured
+    assert accuracy > 30  # 47 to 60 was measured, with seed 0 on one core of an AMD EPYC
 
 
 class Breaks(nn.Module):
