@@ -95,18 +95,18 @@ def show_augmented(out: Path, model: nn.Module, images: Tensor, test_images: Ten
 
 
 def prepare(path: str) -> Tensor:
-    """A picture of a digit, of any size and in any colours, as bytes (28, 28) that look as MNIST's do: bright
-    ink on black, fitted into 20 x 20 pixels, the centre of mass in the middle (LeCun et al., 1998). Raises
-    Problem for a file that is no picture, and for one with nothing on it."""
+    """A picture of a digit, of any size and colours, as bytes (28, 28) like MNIST's: bright on black, in 20 x
+    20 pixels, centre of mass in the middle (LeCun et al., 1998). Raises Problem for what shows no digit."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+        picture = ImageOps.exif_transpose(Image.open(path))
+        deep = picture.mode.startswith("I;16")  # 16 bits a pixel, which convert would cut off at 255
+        picture = (picture.point(lambda value: value / 257) if deep else picture).convert("RGBA")
     except Exception as error:  # each format of a picture has errors of its own
         raise Problem(f"{path} cannot be read as a picture ({error}): save it anew as PNG or JPEG") from error
     picture = picture.resize([max(1, round(400 * side / max(picture.size))) for side in picture.size])
     pixels = pil_to_tensor(picture).permute(1, 2, 0) / 255  # (h, w, 4)
     pixels[..., :3] *= pixels[..., 3:]  # what is transparent has no colour
-    # Paper is what the border shows. Light may fall off over it, so a plane is fitted to the border's pixels;
-    # ink is what differs from it, be it darker or brighter.
+    # Paper is a plane fitted to the border, as light may fall off; ink what differs, darker or brighter.
     down, right = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in pixels.shape[:2]), indexing="ij")
     plane = torch.stack([down, right, torch.ones_like(down)], dim=2)  # (h, w, 3)
     border = torch.maximum(down.abs(), right.abs()) == 1

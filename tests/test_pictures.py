@@ -139,6 +139,15 @@ def test_a_picture_that_a_camera_turned_is_turned_back() -> None:
     assert torch.equal(prepare("turned.png"), prepare("upright.png"))
 
 
+@pytest.mark.parametrize("file", ["digit.png", "digit.tif"])
+def test_a_picture_of_16_bits_is_read_as_one_of_8(file: str) -> None:
+    eight = digit("black on white").convert("L")
+    eight.save("eight.png")
+    Image.fromarray(257 * np.asarray(eight).astype(np.uint16)).save(file)
+    assert Image.open(file).mode == "I;16"
+    assert torch.equal(prepare(file), prepare("eight.png"))
+
+
 def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: object,
                                                                 trained: tuple[list[str], str]) -> None:
     digit("black on white").save("digit.jpg")
