@@ -58,8 +58,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, H, N, d): N tokens of width d; and (B, D) to (B, H, d, 1): d tokens of width 1."""
-        x = x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
-        return x.unsqueeze(3) if x.dim() == 3 else x.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
+        heads = x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
+        return heads.unsqueeze(3) if x.dim() == 2 else heads.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -158,7 +158,7 @@ class Recipe:
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
-    input_dropout: Annotated[float, 0, 1, "share of patches or flat pixels left out in training"] = 0.0
+    input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
@@ -172,7 +172,7 @@ class Recipe:
     validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
     dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
-    workers: Annotated[int | None, 0, "processes that augment, if any do (default up to 4, on CPU 0)"] = None
+    workers: Annotated[int | None, 0, "processes that augment (default up to 4; none on a CPU)"] = None
     device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
     compile: Annotated[bool | None, "torch.compile the model (default on Linux with CUDA)"] = None
 
@@ -273,7 +273,7 @@ def load(out: Path, expected: dict) -> dict:
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a dozen kinds
-        raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
+        raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without this option")
     other = {name: value for name, value in expected.items() if state.get(name) != value}
     if other:
         raise Problem(f"{path} was not made with {other}: give its own options, or choose another --out")
@@ -297,6 +297,7 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
         signal.signal(number, lambda number, frame: signals.append(number))
     learner = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages gradients
     for epoch in range(first, recipe.epochs):
+        write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))
         start = time.perf_counter()
         torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout
         means = train_epoch(learner, stream, steps, optimizers, recipe, epoch)
@@ -398,8 +399,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
         if recipe.predict:
             model.load_state_dict(load(out, {"run": out.name, **recipe.sizes()})["model"])
             return read(model, recipe)
-        out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the training
-        write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))
+        out.mkdir(parents=True, exist_ok=True)
         if recipe.compile or (recipe.compile is None and device[:4] == "cuda" and sys.platform == "linux"):
             torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()

@@ -7,7 +7,7 @@ Measured on MNIST's test set: --small 99.49 % +- 0.01 (seeds 0, 1 and 2), 28 epo
 AMD EPYC. Full size, --epochs 1 --batch-size 256: 98.06 % (seed 0, 12 minutes on a core); more: not measured.
 
 A big network can learn its training set by heart. So it never sees a digit twice: workers turn, size, slant,
-move and bend each anew, a whole batch in one vectorised step, while the model learns from the last batch.
+move and bend each anew, a whole batch in one vectorised step, while the model learns from the one before.
 """
 
 import math
@@ -49,7 +49,7 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     middle = (2 * torch.arange(size) + 1) / size - 1
     fields = torch.stack([middle.repeat(size), middle.repeat_interleave(size), torch.ones(size**2)])
     places = affine.view(2 * count, 3) @ fields  # (2 B, 3) @ (3, 784)
-    # To bend takes 49 more: a Gaussian bump on every fourth pixel, with random weights. The squares of all
+    # To bend takes 49 more: a Gaussian bump every four pixels, with random weights. The squares of all
     # bumps sum to 1 at each pixel, so a place varies as much as one weight does, times `bend`.
     distance = torch.arange(size)[:, None] - (1.5 + torch.arange(0, size, 4))
     bump = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7), along one axis
@@ -61,7 +61,7 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
 
 class AugmentedDigits(Dataset):
     """Hands out augmented images and labels, a whole batch at a time, asked for by its sample numbers. The
-    first seeds its augmentation: so no two batches are alike, and the number of workers changes nothing."""
+    first of these seeds it: so no two batches are alike, and the number of workers changes nothing."""
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         self.images, self.labels, self.seed = images, labels, seed
@@ -99,8 +99,8 @@ def prepare(path: str) -> Tensor:
     20 pixels, centre of mass in the middle (LeCun et al., 1998). Raises Problem for what shows no digit."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
-        deep = picture.mode.startswith("I;16")  # 16 bits a pixel, which convert would cut off at 255
-        picture = (picture.point(lambda value: value / 257) if deep else picture).convert("RGBA")
+        deep = picture.mode[0] == "I"  # 16 bits a pixel, which convert would cut off at 255
+        picture = (picture.convert("F").point(lambda x: x / 257) if deep else picture).convert("RGBA")
     except Exception as error:  # each format of a picture has errors of its own
         raise Problem(f"{path} cannot be read as a picture ({error}): save it anew as PNG or JPEG") from error
     picture = picture.resize([max(1, round(400 * side / max(picture.size))) for side in picture.size])

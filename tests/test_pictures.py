@@ -139,12 +139,12 @@ def test_a_picture_that_a_camera_turned_is_turned_back() -> None:
     assert torch.equal(prepare("turned.png"), prepare("upright.png"))
 
 
-@pytest.mark.parametrize("file", ["digit.png", "digit.tif"])
+@pytest.mark.parametrize("file", ["digit.png", "digit.tif", "digit.pgm"])
 def test_a_picture_of_16_bits_is_read_as_one_of_8(file: str) -> None:
     eight = digit("black on white").convert("L")
     eight.save("eight.png")
     Image.fromarray(257 * np.asarray(eight).astype(np.uint16)).save(file)
-    assert Image.open(file).mode == "I;16"
+    assert Image.open(file).mode[0] == "I"
     assert torch.equal(prepare(file), prepare("eight.png"))
 
 
