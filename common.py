@@ -37,7 +37,7 @@ class Problem(ValueError):
 class Attention(nn.Module):
     """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762) in several heads:
 
-        weights = softmax(query @ key^T / sqrt(width)),   out = weights @ value
+        weights = softmax(query @ key^T / sqrt(query's width)),   out = weights @ value
 
     Input (B, N, D): its N tokens attend to each other, as in every ViT. Each head has d of the D numbers.
     Input (B, D), a flat image: its features do. The image is one token, and softmax over one token is always
