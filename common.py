@@ -273,7 +273,7 @@ def load(out: Path, expected: dict) -> dict:
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a dozen kinds
-        raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without the option")
+        raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
     other = {name: value for name, value in expected.items() if state.get(name) != value}
     if other:
         raise Problem(f"{path} was not made with {other}: give its own options, or choose another --out")
