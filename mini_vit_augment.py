@@ -61,7 +61,7 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
 
 class AugmentedDigits(Dataset):
     """Hands out augmented images and labels, a whole batch at a time, asked for by its sample numbers. The
-    first of these seeds it: so no two batches are alike, and the number of workers changes nothing."""
+    first seeds the augmentation, so no two batches are alike and the number of workers changes nothing."""
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         self.images, self.labels, self.seed = images, labels, seed
