@@ -17,6 +17,11 @@ MNIST = (ROOT / "data/MNIST/raw/train-images-idx3-ubyte.gz").exists()
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that need a trained model come last, or all others would wait for it, too."""
+    items.sort(key=lambda item: "trained" in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def training(request: pytest.FixtureRequest,
              tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple | None]:
