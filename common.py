@@ -158,7 +158,7 @@ class Recipe:
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
-    input_dropout: Annotated[float, 0, 1, "share of patches or flat pixels hidden in training"] = 0.0
+    input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
@@ -281,7 +281,7 @@ def load(out: Path, expected: dict) -> dict:
 
 
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
-    """Trains all epochs of `steps` batches: writes the options, learns, prints a line, saves a checkpoint."""
+    """Trains all epochs of `steps` batches: writes the options, learns, saves a checkpoint, prints a line."""
     optimizers, first, log, signals = make_optimizers(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
     names = ("muon", "epochs", "batch_size", "lr", "weight_decay") if recipe.epochs else ()
     made_by = {"run": out.name, **recipe.sizes(), **{name: getattr(recipe, name) for name in names}}
