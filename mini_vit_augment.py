@@ -80,7 +80,7 @@ def quiet(worker: int) -> None:
 
 
 def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoch: int = 0) -> Iterator:
-    """The batches of all epochs, made by `recipe.workers` processes as the model learns, or (0) by this one."""
+    """The batches of all epochs, made by `recipe.workers` processes as the model learns; by this one if 0."""
     return iter(DataLoader(AugmentedDigits(images, labels, recipe.seed), collate_fn=tuple,
                            batch_sampler=map(Tensor.tolist, sample_numbers(len(images), recipe, first_epoch)),
                            generator=generator(recipe.seed), num_workers=recipe.workers, worker_init_fn=quiet,
