@@ -4,8 +4,9 @@
     python mini_vit_concat.py --small     4 layers, on patches, 0.5M parameters, for a CPU
 
 Measured on MNIST's test set: --small 99.10 % +- 0.02 (seeds 0, 1 and 2), 20 epochs of 29 s on two cores of an
-AMD EPYC; longer, with Muon: README. Full size, --epochs 2 --batch-size 256: 98.34 % (seed 0, 89 minutes on a
-core); more: not measured.
+AMD EPYC; --small --dim 32 --patch-size 4 --dropout 0 --input-dropout 0.5 --muon --lr 5e-3 --weight-decay 0.3
+--epochs 80: 99.323 % +- 0.031 (the same seeds, epochs of 26.1 s). Full size, --epochs 2 --batch-size 256:
+98.34 % (seed 0, 89 minutes on a core); more: not measured.
 
 Does a deep network forget its input? This one cannot: the image is concatenated with what the previous block
 made of it, the block works on both halves, 784 + 784 = 1568 wide, and a linear layer brings them back to 784.
