@@ -1,5 +1,4 @@
 """What the four scripts share: 1. attention and blocks, 2. digits, 3. training, 4. pictures and options.
-
 Letters in the shape comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head."""
 
 import argparse
@@ -157,6 +156,7 @@ class Recipe:
     heads: Annotated[int, 1, "attention heads of a layer"]
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
+    overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
     dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
@@ -187,7 +187,7 @@ class Recipe:
 
     def sizes(self) -> dict:
         """What a model is made from."""
-        names = ("layers", "heads", "dim", "patch_size", "dropout", "input_dropout")
+        names = ("layers", "heads", "dim", "patch_size", "overlap", "dropout", "input_dropout")
         return {name: getattr(self, name) for name in names}
 
 

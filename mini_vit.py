@@ -31,22 +31,24 @@ SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1,
 class PatchEmbedding(nn.Module):
     """Images (B, C, S, S) to tokens (B, N, D): a class token, then one a patch, N = 1 + (S / patch_size)^2.
 
-    Each patch goes through the same linear layer. The class token, which will carry the answer, goes first. A
-    learned vector is added for each place, or no place could be told from another. In training, a share
-    `dropout` of an image's patches is left out, as in PatchDropout (Liu et al., 2022, arXiv 2208.07220): N is
-    smaller then, and a step cheaper. Raises Problem when the patches do not fill the image."""
+    One linear layer takes each patch, with `overlap` pixels around it (Yuan et al., 2021, arXiv 2101.11986).
+    The class token, which will carry the answer, goes first. A learned vector is added for each place, or no
+    place could be told from another. Training leaves out a share `dropout` of the patches (PatchDropout, Liu
+    et al., 2022, arXiv 2208.07220), and is cheaper. Raises Problem when patches do not fill the image."""
 
-    def __init__(self, dim: int, patch_size: int, image_size: int, channels: int, dropout: float = 0) -> None:
+    def __init__(self, dim: int, patch_size: int, image_size: int, channels: int, overlap: int = 0,
+                 dropout: float = 0) -> None:
         super().__init__()
         if image_size % patch_size:
             raise Problem(f"--patch-size {patch_size} does not divide {image_size} pixels: choose another")
-        self.patch_size, self.dropout = patch_size, dropout
-        self.linear = nn.Linear(channels * patch_size**2, dim)
+        self.dropout, window = dropout, patch_size + 2 * overlap
+        self.unfold = nn.Unfold(window, padding=overlap, stride=patch_size)
+        self.linear = nn.Linear(channels * window**2, dim)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT  # (B, N - 1, C * patch_size^2)
+        patches = self.unfold(images).mT  # (B, N - 1, C * (patch_size + 2 * overlap)^2)
         tokens = self.linear(patches) + self.positions[:, 1:]  # (B, N - 1, D)
         if self.training and self.dropout:
             order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)  # one for each image
@@ -56,15 +58,15 @@ class PatchEmbedding(nn.Module):
         return torch.cat([class_tokens, tokens], dim=1)  # (B, N, D)
 
 
-def embedding(dim: int, patch_size: int, dropout: float, image_size: int = 28,
+def embedding(dim: int, patch_size: int, overlap: int, dropout: float, image_size: int = 28,
               channels: int = 1) -> nn.Module:
     """What images go through first: a PatchEmbedding; or, where the patch is the whole image, only a change
     of shape to (B, D) and dropout. Raises Problem when the flat image is not `dim` wide."""
     if patch_size != image_size:
-        return PatchEmbedding(dim, patch_size, image_size, channels, dropout)
+        return PatchEmbedding(dim, patch_size, image_size, channels, overlap, dropout)
     width = channels * image_size**2
-    if dim != width:
-        raise Problem(f"a flat image is {width} wide, not {dim}: choose --dim {width}, or smaller patches")
+    if dim != width or overlap:
+        raise Problem(f"a flat image is {width} wide, without overlap: set --dim {width}, or smaller patches")
     return nn.Sequential(nn.Flatten(), nn.Dropout(dropout))
 
 
@@ -87,14 +89,13 @@ class ViT(nn.Module):
 
     With a patch as big as the image it is flat, and a block sees (B, D). With smaller ones it is the paper's
     ViT, and a block sees (B, N, D). ViT-B/16 is layers=12, heads=12, dim=768, patch_size=16, image_size=224,
-    channels=3, classes=1000.
-    """
+    channels=3, classes=1000."""
 
-    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
-                 input_dropout: float = 0.0, image_size: int = 28, channels: int = 1,
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, overlap: int = 0,
+                 dropout: float = 0.0, input_dropout: float = 0.0, image_size: int = 28, channels: int = 1,
                  classes: int = 10) -> None:
         super().__init__()
-        self.embed = embedding(dim, patch_size, input_dropout, image_size, channels)
+        self.embed = embedding(dim, patch_size, overlap, input_dropout, image_size, channels)
         qkv_bias = patch_size < image_size  # the paper's ViT has one; nothing else here does
         self.blocks = nn.Sequential(*(Block(dim, heads, dropout, qkv_bias) for _ in range(layers)))
         self.head = Head(dim, classes)
@@ -104,9 +105,8 @@ class ViT(nn.Module):
 
 
 def sample_numbers(size: int, recipe: Recipe, first_epoch: int = 0) -> Iterator[Tensor]:
-    """The batches of all epochs from the first, in an order that follows from seed and epoch. Number n means
-    digit n % size in epoch n // size: no number comes twice, so each can be augmented in a way of its own.
-    What does not fill a last batch is left out."""
+    """All batches from `first_epoch` on, in an order that follows from seed and epoch. Number n is digit
+    n % size in epoch n // size: none comes twice, so each can be augmented anew. Only whole batches."""
     for epoch in range(first_epoch, recipe.epochs):
         numbers = torch.randperm(size, generator=generator(recipe.seed, epoch)) + epoch * size
         for batch in numbers.split(recipe.batch_size)[: size // recipe.batch_size]:

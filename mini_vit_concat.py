@@ -28,10 +28,10 @@ SMALL = Recipe(small=True, layers=4, heads=4, dim=48, patch_size=7, dropout=0.1,
 class ConcatViT(nn.Module):
     """Images (B, 1, 28, 28) to logits (B, 10); flat or on patches, as in mini_vit.py."""
 
-    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
-                 input_dropout: float = 0.0) -> None:
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, overlap: int = 0,
+                 dropout: float = 0.0, input_dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed = embedding(dim, patch_size, input_dropout)
+        self.embed = embedding(dim, patch_size, overlap, input_dropout)
         self.first = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(Block(2 * dim, heads, dropout) for _ in range(layers))
         self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))

@@ -52,10 +52,10 @@ class DecoderLayer(nn.Module):
 class CrossViT(nn.Module):
     """Images (B, 1, 28, 28) to logits (B, 10), flat or on patches. The stream x starts as the image."""
 
-    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, dropout: float = 0.0,
-                 input_dropout: float = 0.0) -> None:
+    def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, overlap: int = 0,
+                 dropout: float = 0.0, input_dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed = embedding(dim, patch_size, input_dropout)
+        self.embed = embedding(dim, patch_size, overlap, input_dropout)
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(layers))
         self.head = Head(dim)
 

@@ -167,6 +167,15 @@ def test_patches_are_the_squares_of_the_image() -> None:
     torch.testing.assert_close(embed(image)[0, 2], image[0, 0, :4, 4:].flatten())  # 0 is the class token
 
 
+def test_overlapping_patches_reach_into_their_neighbours_and_past_the_edge() -> None:
+    embed = mini_vit.PatchEmbedding(36, 4, image_size=8, channels=1, overlap=1)
+    nn.init.eye_(embed.linear.weight), nn.init.zeros_(embed.linear.bias), nn.init.zeros_(embed.positions)
+    image = torch.arange(1.0, 65.0).view(1, 1, 8, 8)
+    edge = nn.functional.pad(image, (1, 1, 1, 1))[0, 0]  # (10, 10)
+    for number, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)], start=1):
+        torch.testing.assert_close(embed(image)[0, number], edge[top : top + 6, left : left + 6].flatten())
+
+
 def test_training_leaves_out_patches_of_each_images_own_choice() -> None:
     embed = mini_vit.PatchEmbedding(32, 7, image_size=28, channels=1, dropout=0.3)
     images = torch.randn(200, 1, 28, 28)
@@ -178,6 +187,12 @@ def test_training_leaves_out_patches_of_each_images_own_choice() -> None:
     kept = same.sum(dim=1)  # (200, 17)
     assert kept.max() == 1 and len(kept.unique(dim=0)) > 150
     assert ((kept[:, 1:].float().mean(dim=0) - 11 / 16).abs() < 0.15).all()  # 4.5 standard deviations
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_script_has_overlap(name: str) -> None:
+    model, _, small, _ = MODELS[name]
+    assert model(**{**small.sizes(), "overlap": 2}).embed.linear.in_features == 11 * 11
 
 
 @every_model
@@ -199,6 +214,7 @@ def test_every_model_overfits_64_digits(name: str, flat: bool) -> None:
 
 def test_sizes_that_do_not_fit_are_told() -> None:
     sizes = dict(layers=1, heads=4, dim=64, patch_size=7)
-    for wrong, word in ({"heads": 5}, "heads"), ({"patch_size": 5}, "patch"), ({"patch_size": 28}, "784"):
+    for wrong, word in [({"heads": 5}, "heads"), ({"patch_size": 5}, "patch"), ({"patch_size": 28}, "784"),
+                        ({"patch_size": 28, "dim": 784, "overlap": 2}, "overlap")]:
         with pytest.raises(ValueError, match=word):
             mini_vit.ViT(**{**sizes, **wrong})
