@@ -3,12 +3,12 @@
     python mini_vit_augment.py             118M parameters, for a GPU
     python mini_vit_augment.py --small     0.2M parameters, for a CPU
 
-Measured on MNIST's test set: --small 99.49 % +- 0.01 (seeds 0, 1 and 2), 28 epochs of 20 s on two cores of an
-AMD EPYC. Full size, --epochs 3 --batch-size 256: 98.82 % (seed 0, 34 minutes on a core); more: not measured.
+Measured on MNIST's test set (seeds 0, 1, 2; two cores of an AMD EPYC): --small 99.49 % +- 0.01, 28 epochs of
+20 s; --small --patch-size 4 --overlap 4 --input-dropout 0.5 --muon --lr 5e-3 --epochs 64: 99.673 % +- 0.025,
+epochs of 30 s. Full size, --epochs 3 --batch-size 256: 98.82 % (seed 0, 34 core minutes); more: not measured.
 
 A big network can learn its training set by heart. So it never sees a digit twice: each is turned, sized,
-slanted, moved and bent anew, a whole batch in one step; beside a GPU by workers, while the model learns.
-"""
+slanted, moved and bent anew, a whole batch in one step; beside a GPU by workers, while the model learns."""
 
 import math
 import os
