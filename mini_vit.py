@@ -34,7 +34,7 @@ class PatchEmbedding(nn.Module):
     One linear layer takes each patch, with `overlap` pixels around it (Yuan et al., 2021, arXiv 2101.11986).
     The class token, which will carry the answer, goes first. A learned vector is added for each place, or no
     place could be told from another. Training leaves out a share `dropout` of the patches (PatchDropout, Liu
-    et al., 2022, arXiv 2208.07220), and is cheaper. Raises Problem when patches do not fill the image."""
+    et al., 2022, arXiv 2208.07220), so N is smaller. Raises Problem when patches do not fill the image."""
 
     def __init__(self, dim: int, patch_size: int, image_size: int, channels: int, overlap: int = 0,
                  dropout: float = 0) -> None:
@@ -61,12 +61,12 @@ class PatchEmbedding(nn.Module):
 def embedding(dim: int, patch_size: int, overlap: int, dropout: float, image_size: int = 28,
               channels: int = 1) -> nn.Module:
     """What images go through first: a PatchEmbedding; or, where the patch is the whole image, only a change
-    of shape to (B, D) and dropout. Raises Problem when the flat image is not `dim` wide."""
+    of shape to (B, D) and dropout. Raises Problem when a flat image is not `dim` wide, or is to overlap."""
     if patch_size != image_size:
         return PatchEmbedding(dim, patch_size, image_size, channels, overlap, dropout)
     width = channels * image_size**2
     if dim != width or overlap:
-        raise Problem(f"a flat image is {width} wide, without overlap: set --dim {width}, or smaller patches")
+        raise Problem(f"a flat image needs --dim {width} and no --overlap: give these, or smaller patches")
     return nn.Sequential(nn.Flatten(), nn.Dropout(dropout))
 
 
