@@ -1,6 +1,7 @@
 """The scripts as a person runs them, and the house's own rules."""
 
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,32 @@ def test_the_commands_of_readme_and_docstrings_are_understood(monkeypatch: pytes
         script = next(script for script in SCRIPTS if Path(script.__file__).name == name)
         monkeypatch.setattr(sys, "argv", [name, *options])
         common.read_options("", script.FULL, script.SMALL)
+
+
+def test_the_readmes_numbers_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = mini_vit.ViT, mini_vit_concat.ConcatViT, mini_vit.ViT, mini_vit_crossattn.CrossViT
+    models = dict(zip(SCRIPTS, classes))
+    readme = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `python (mini_vit\w*)\.py([^`]*)` \| ([\d,]+) \|", readme, re.M)
+    assert len(rows) > 20
+    for name, options, said in rows:
+        monkeypatch.setattr(sys, "argv", [name, *options.split()])
+        script = sys.modules[name]
+        sizes = common.read_options("", script.FULL, script.SMALL).sizes()
+        with torch.device("meta"):
+            parameters = models[script](**sizes).parameters()
+        assert said == f"{sum(parameter.numel() for parameter in parameters):,}", (name, options)
+
+
+def test_the_readmes_means_and_deviations_are_those_of_its_seeds() -> None:
+    readme = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| ([\d.]+) % ± ([\d.]+) \(([\d., ]+)\) \| ([\d, ]+) \|", readme)
+    assert len(rows) > 10
+    for mean, deviation, each, seeds in rows:
+        each = [float(percent) for percent in each.split(", ")]
+        digits = len(mean.split(".")[1])
+        said = f"{statistics.mean(each):.{digits}f}", f"{statistics.stdev(each):.{digits}f}"
+        assert (mean, deviation) == said and len(each) == len(seeds.split(", ")) >= 3
 
 
 def test_nothing_happens_at_import() -> None:
