@@ -157,7 +157,7 @@ class Recipe:
     dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
-    dropout: Annotated[float, 0, 1, "share of a block's outputs that training sets to 0"] = 0.0
+    dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
@@ -292,14 +292,14 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    stream = itertools.takewhile(lambda batch: not signals, batches(first))  # signals are not for its workers
+    stream = itertools.takewhile(lambda batch: not signals, batches(first))  # workers start, deaf to signals
     for number in before:  # a run ends between two steps, never within one
         signal.signal(number, lambda number, frame: signals.append(number))
     learner = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages gradients
     for epoch in range(first, recipe.epochs):
         write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))
         start = time.perf_counter()
-        torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout
+        torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout, patches left out
         means = train_epoch(learner, stream, steps, optimizers, recipe, epoch)
         if signals:
             break
