@@ -4,8 +4,8 @@
     python mini_vit_crossattn.py --small     2 layers, on patches, 0.3M parameters, for a CPU
 
 Measured on MNIST's test set (seeds 0, 1, 2; two cores of an AMD EPYC): --small 99.39 % +- 0.09, 20 epochs of
-29 s; --small --patch-size 4 --overlap 4 --input-dropout 0.5 --muon --lr 5e-3 --epochs 64: 99.633 % +- 0.015,
-epochs of 53 s. Full size, --epochs 3 --batch-size 256: 98.97 % (seed 0, 79 core minutes); more: not measured.
+24 s; --small --patch-size 4 --overlap 4 --input-dropout 0.5 --muon --lr 5e-3 --epochs 64: 99.633 % +- 0.015,
+epochs of 46 s. Full size, --epochs 3 --batch-size 256: 98.97 % (seed 0, 79 core minutes); more: not measured.
 
 mini_vit_concat.py puts the image beside the stream. Here the stream asks for what it needs: in each layer its
 queries meet keys and values from an encoder block of that layer's own, which is fed the original image. The
