@@ -1,5 +1,6 @@
 """The scripts as a person runs them, and the house's own rules."""
 
+import math
 import re
 import statistics
 import subprocess
@@ -176,15 +177,22 @@ def test_the_readmes_numbers_of_parameters(monkeypatch: pytest.MonkeyPatch) -> N
         assert said == f"{sum(parameter.numel() for parameter in parameters):,}", (name, options)
 
 
-def test_the_readmes_means_and_deviations_are_those_of_its_seeds() -> None:
+def test_the_readmes_means_deviations_and_differences_are_those_of_its_seeds() -> None:
     readme = ROOT.joinpath("README.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| ([\d.]+) % ± ([\d.]+) \(([\d., ]+)\) \| ([\d, ]+) \|", readme)
     assert len(rows) > 10
+    runs = {}
     for mean, deviation, each, seeds in rows:
-        each = [float(percent) for percent in each.split(", ")]
+        runs[mean] = each = [float(percent) for percent in each.split(", ")]
         digits = len(mean.split(".")[1])
         said = f"{statistics.mean(each):.{digits}f}", f"{statistics.stdev(each):.{digits}f}"
-        assert (mean, deviation) == said and len(each) == len(seeds.split(", ")) >= 3
+        assert (mean, deviation) == said and len(each) == len(seeds.split(", ")) == 3
+    compared = re.findall(r"\| ([\d.]+) % \|[^|\n]*\| ([\d.]+) % \| ([+-][\d.]+) \| ([\d.]+) \|", readme)
+    assert len(runs) == len(rows) and len(compared) >= 8
+    for first, second, difference, errors in compared:
+        gap = statistics.mean(runs[first]) - statistics.mean(runs[second])
+        error = math.sqrt((statistics.variance(runs[first]) + statistics.variance(runs[second])) / 3)
+        assert (difference, errors) == (f"{gap:+.3f}", f"{abs(gap) / error:.1f}"), (first, second)
 
 
 def test_nothing_happens_at_import() -> None:
