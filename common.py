@@ -159,6 +159,7 @@ class Recipe:
     overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
     dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
+    reach: Annotated[int, 0, 28, "pixels: answer with the mean over a digit moved by up to so many"] = 0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
     lr: Annotated[float, 0, "the highest learning rate"]
@@ -194,9 +195,8 @@ class Recipe:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Grows over the first tenth of the steps, then falls along half a cosine."""
     warmup = max(1, steps // 10)
-    if step < warmup:
-        return peak * ((step + 1) / warmup)
-    return peak * (math.cos(math.pi * (step - warmup) / (steps - warmup)) / 2 + 0.5)
+    falling = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)) / 2 + 0.5
+    return peak * min((step + 1) / warmup, falling)
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -247,12 +247,13 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: lis
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, device: str) -> Tensor:
-    """The model's probabilities for images (B, 28, 28), as (B, 10) on the CPU; without dropout."""
+def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
+    """Probabilities (B, 10) of images (B, 28, 28), no dropout: means over moves by up to `reach` pixels."""
     model.eval()
+    looks = [images.roll(move, (1, 2)) for move in itertools.product(range(-reach, reach + 1), repeat=2)]
     with mixed_precision(device):
-        logits = torch.cat([model(normalise(part.to(device))) for part in images.split(500)])
-    return logits.float().softmax(dim=1).cpu()
+        logits = [torch.cat([model(normalise(x.to(device))) for x in look.split(500)]) for look in looks]
+    return torch.stack(logits).float().softmax(dim=2).mean(dim=0).cpu()
 
 
 def write(path: Path, put: Callable) -> None:
@@ -324,10 +325,9 @@ def sheet(path: Path, images: Tensor, captions: list[str], columns: int) -> None
     """Writes bytes (B, height, width) or, in colour, (B, height, width, 3) as one PNG, with captions."""
     page = Image.new("RGB", (120 * columns, 140 * max(1, math.ceil(len(images) / columns))), "white")
     for number, (image, caption) in enumerate(zip(images, captions)):
-        y, x = divmod(number, columns)
-        tile = Image.fromarray(image.numpy()).resize((112, 112), Image.Resampling.NEAREST)
-        page.paste(tile, (120 * x + 4, 140 * y + 24))
-        ImageDraw.Draw(page).text((120 * x + 60, 140 * y + 12), caption, 0, ImageFont.load_default(14), "mm")
+        y, x = 140 * (number // columns), 120 * (number % columns)
+        page.paste(Image.fromarray(image.numpy()).resize((112, 112), Image.NEAREST), (x + 4, y + 24))
+        ImageDraw.Draw(page).text((x + 60, y + 12), caption, 0, ImageFont.load_default(14), "mm")
     write(path, lambda file: page.save(file, "PNG"))
 
 
@@ -404,7 +404,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
             torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
             model.compile()
         train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out)
-        probabilities = predict(model, test_images, device)
+        probabilities = predict(model, test_images, device, recipe.reach)
         answers = probabilities.argmax(dim=1)
         wrong = (answers != test_labels).nonzero().flatten()
         captions = [f"{label}, not {answer}" for label, answer in zip(test_labels[wrong], answers[wrong])]

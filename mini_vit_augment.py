@@ -133,7 +133,7 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
     for path in recipe.predict:
         try:
             image = prepare(path)
-            print(f"\n{path}:   {three_best(predict(model, image[None], recipe.device)[0])}")
+            print(f"\n{path}:   {three_best(predict(model, image[None], recipe.device, recipe.reach)[0])}")
             for row in image.tolist():  # two letters a pixel: together they are about as wide as high
                 print("".join(" .:-=+*#%@"[value * 9 // 255] * 2 for value in row).rstrip())
         except Problem as problem:

@@ -76,6 +76,7 @@ def test_help_says_each_option_with_its_default(command_line: object) -> None:
     ("--dropout 1", "--dropout 1"),
     ("--seeds 0", "--seeds 0"),
     ("--workers -1", "--workers -1"),
+    ("--reach 28", "--reach 28"),
     ("--dataset CIFAR10", "--dataset CIFAR10"),
     ("--device nowhere", "--device nowhere"),
     ("--dataset FashionMNIST --data-dir /nowhere/at/all", "FashionMNIST is not on disk"),

@@ -75,6 +75,16 @@ def test_predict_is_without_dropout_and_gradients() -> None:
     torch.testing.assert_close(first, model(common.normalise(images)).softmax(1))
 
 
+def test_predict_with_reach_is_the_mean_over_moved_digits() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    padded = torch.zeros(7, 32, 32, dtype=torch.uint8)
+    padded[:, 6:26, 6:26] = common.draw_digits(7, seed=0)[0][:, 4:24, 4:24]
+    moved = [padded[:, down : down + 28, right : right + 28] for down in range(5) for right in range(5)]
+    expected = sum(common.predict(model, images, "cpu") for images in moved) / 25
+    torch.testing.assert_close(common.predict(model, moved[12], "cpu", reach=2), expected)
+    assert (expected - common.predict(model, moved[12], "cpu")).abs().max() > 0.01
+
+
 def losses(command_line: object, script: object, options: str) -> list[str]:
     """What a run says of its epochs and its accuracy, without the seconds."""
     code, out, err = command_line(script, options)
