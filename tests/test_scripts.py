@@ -130,7 +130,7 @@ def test_a_compiler_that_is_missing_is_told(command_line: object, monkeypatch: p
 
 def test_full_size_on_a_cpu_says_how_long(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "train_epoch", lambda *args: torch.tensor([1.0, 0.1]))
-    monkeypatch.setattr(common, "predict", lambda model, images, device: torch.ones(len(images), 10))
+    monkeypatch.setattr(common, "predict", lambda model, images, *rest: torch.ones(len(images), 10))
     code, out, _ = command_line(mini_vit, "--layers 1 --epochs 1 --dataset drawn --device cpu")
     assert code == 0 and re.search(r"about \d+ minutes an epoch; see --small", out)
 
