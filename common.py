@@ -248,9 +248,9 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: lis
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
-    """Probabilities (B, 10) of images (B, 28, 28), no dropout: means over moves by up to `reach` pixels."""
+    """Mean probabilities (B, 10) on the CPU, of images (B, 28, 28) moved up to `reach` pixels; no dropout."""
     model.eval()
-    looks = [images.roll(move, (1, 2)) for move in itertools.product(range(-reach, reach + 1), repeat=2)]
+    looks = (images.roll(move, (1, 2)) for move in itertools.product(range(-reach, reach + 1), repeat=2))
     with mixed_precision(device):
         logits = [torch.cat([model(normalise(x.to(device))) for x in look.split(500)]) for look in looks]
     return torch.stack(logits).float().softmax(dim=2).mean(dim=0).cpu()

@@ -38,6 +38,12 @@ def test_a_script_runs_from_any_folder(script: object, tmp_path: object) -> None
     assert "images/s" in done.stderr and "loss=" in done.stderr and "%" in done.stderr  # the bar
 
 
+def test_reach_changes_the_answers_and_not_the_training(command_line: object) -> None:
+    one, nine = (command_line(mini_vit, TINY + options)[1].splitlines()[1:] for options in ("", " --reach 1"))
+    assert one[0].split(",")[:2] == nine[0].split(",")[:2] and one[0].startswith("epoch 1 of 1")
+    assert len(one) == len(nine) and one[3:13] != nine[3:13]
+
+
 def test_zero_epochs_evaluates_only(command_line: object) -> None:
     code, out, _ = command_line(mini_vit, TINY + " --epochs 0")
     assert code == 0 and "epoch 1" not in out and re.fullmatch(LAST, out.splitlines()[-1])
