@@ -39,10 +39,9 @@ class Attention(nn.Module):
         weights = softmax(query @ key^T / sqrt(query's width)),   out = weights @ value
 
     Input (B, N, D): its N tokens attend to each other, as in every ViT. Each head has d of the D numbers.
-    Input (B, D), a flat image: its features do. The image is one token, and softmax over one token is always
-    1, so attention over tokens would do nothing. But query, key and value of a head are d numbers each: taken
-    as d tokens of width 1, number i attends to number j with softmax_j(query[i] * key[j]). Cross-covariance
-    attention (El-Nouby et al., 2021, arXiv 2106.09681) does this to many tokens at once, and normalises.
+    Input (B, D), a flat image: one token, and softmax over one token is always 1. So its features attend:
+    query, key and value of a head, d numbers each, are taken as d tokens of width 1, and number i attends to
+    j with softmax_j(query[i] * key[j]) (cross-covariance attention: El-Nouby et al., 2021, arXiv 2106.09681).
     Queries come from x; keys and values from context, else x. Raises Problem if heads do not divide dim."""
 
     fused = True  # False takes the formula as it is written, and leaves `weights` behind to look at
@@ -64,14 +63,15 @@ class Attention(nn.Module):
         context = x if context is None else context
         query = self.split(self.query(x))
         key, value = self.split(self.key(context)), self.split(self.value(context))
-        if self.fused:
+        if x.dim() == 2 and torch.compiler.is_compiling():  # which makes one fast kernel of it
+            out = ((query * key.mT).softmax(dim=-1) * value.mT).sum(dim=-1)  # (B, H, d)
+        elif self.fused:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
             scores = query @ key.mT / math.sqrt(query.shape[-1])  # (B, H, d, d) or (B, H, N, N)
             self.weights = scores.softmax(dim=-1)
             out = self.weights @ value
-        if x.dim() == 3:
-            out = out.transpose(1, 2)  # (B, H, N, d) to (B, N, H, d)
+        out = out.transpose(1, 2) if x.dim() == 3 else out  # (B, H, N, d) to (B, N, H, d)
         return self.proj(out.reshape(x.shape))
 
 
@@ -159,6 +159,7 @@ class Recipe:
     overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
     dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
+    adversarial: Annotated[float, 0, "also learn the worst image so far from a digit; 1: a pixel"] = 0.0
     reach: Annotated[int, 0, 28, "pixels: answer with the mean over a digit moved by up to so many"] = 0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
@@ -183,8 +184,6 @@ class Recipe:
             if bounds and value is not None and not bounds[0] <= value < [*bounds, math.inf][1]:
                 name, limits = field.name.replace("_", "-"), " to below ".join(map(str, bounds))
                 raise Problem(f"--{name} {value} fails: choose a number from {limits}")
-        if self.dataset not in (None, *DATASETS):
-            raise Problem(f"--dataset {self.dataset} is not known: choose one of {', '.join(DATASETS)}")
 
     def sizes(self) -> dict:
         """What a model is made from."""
@@ -203,10 +202,9 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
     as long in all directions of a matrix, and about as long as AdamW's. Only matrices decay."""
     matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
-    if recipe.muon:
-        first = torch.optim.Muon(matrices, recipe.lr, recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-    else:
-        first = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    adam, muon = (torch.optim.AdamW, {"fused": True}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})
+    kind, how = muon if recipe.muon else adam
+    first = kind(matrices, recipe.lr, weight_decay=recipe.weight_decay, **how)
     return [first, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
 
 
@@ -226,10 +224,15 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: lis
                unit=" images", unit_scale=recipe.batch_size, disable=RANK > 0)
     for step, (images, labels) in enumerate(bar):
         images, labels = (part.to(recipe.device, non_blocking=pinned) for part in (images, labels))
+        images = normalise(images).requires_grad_(recipe.adversarial > 0)
         with mixed_precision(recipe.device):
-            logits = model(normalise(images))
+            logits = model(images)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
+        if recipe.adversarial:  # (Goodfellow et al., 2014, arXiv 1412.6572) the loss grows along its gradient
+            move = F.normalize(images.grad.flatten(1)).view_as(images) * recipe.adversarial / 0.3081
+            with mixed_precision(recipe.device):
+                F.cross_entropy(model(images.detach() + move), labels).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(epoch * steps + step, total, recipe.lr)
@@ -284,7 +287,7 @@ def load(out: Path, expected: dict) -> dict:
 def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
     """Trains all epochs of `steps` batches: writes the options, learns, saves a checkpoint, prints a line."""
     optimizers, first, log, signals = make_optimizers(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
-    names = ("muon", "epochs", "batch_size", "lr", "weight_decay") if recipe.epochs else ()
+    names = ("adversarial", "muon", "epochs", "batch_size", "lr", "weight_decay") if recipe.epochs else ()
     made_by = {"run": out.name, **recipe.sizes(), **{name: getattr(recipe, name) for name in names}}
     if recipe.resume and (not recipe.epochs or (out / "checkpoint.pt").exists()):
         state = load(out, made_by)
@@ -341,15 +344,15 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     parser = argparse.ArgumentParser(usage="%(prog)s [--small] [options]", description=about,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Recipe):
-        kind, meaning = field.type.__origin__, field.type.__metadata__[-1]
-        how = {"type": (get_args(kind) or [kind])[0], "metavar": "X"}
+        name, kind, meaning = field.name, field.type.__origin__, field.type.__metadata__[-1]
+        how = {"type": [*get_args(kind), kind][0], "metavar": "X", "choices": {"dataset": DATASETS}.get(name)}
         if how["type"] == list[str]:
             how = {"nargs": "+", "metavar": "X"}
         elif how["type"] is bool:
             how = {"action": argparse.BooleanOptionalAction if kind == bool | None else "store_true"}
-        elif getattr(full, field.name) is not None:
-            meaning += f" (default {getattr(full, field.name)}; small {getattr(small, field.name)})"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=meaning, **how)
+        elif getattr(full, name) is not None:
+            meaning += f" (default {getattr(full, name)}; small {getattr(small, name)})"
+        parser.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
     given = vars(parser.parse_args())
     return replace(small if "small" in given else full, **given)
 
@@ -378,7 +381,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
         torch.distributed.barrier()  # until the first has unpacked the digits
     name, (images, labels), (test_images, test_labels) = digits or load_digits(*wanted)
     name = recipe.dataset or "MNIST" if recipe.predict else name
-    kind, suffix = ("validation", "-validate") if recipe.validate else ("test", "")
+    kind, tail = ("validation", "-validate") if recipe.validate else ("test", "")
     if recipe.validate:
         (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
     steps, total, what = len(images) // recipe.batch_size, len(test_images), f"{name} {kind} digits"
@@ -389,20 +392,19 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     recipe = replace(recipe, dataset=name, device=device, workers=workers)
     print(f"{script}: {parameters:,} parameters, {device}, {name}, {recipe}", flush=True)
     if device == "cpu" and recipe.patch_size == 28 and recipe.epochs and not recipe.predict:  # at 1e11 FLOP/s
-        print(f"about {6 * parameters * len(images) / 6e12:.0f} minutes an epoch; see --small", flush=True)
+        flops = 6 * parameters * len(images) * (2 if recipe.adversarial else 1)
+        print(f"about {flops / 6e12:.0f} minutes an epoch; see --small", flush=True)
     accuracies = []
-    for seed in range(recipe.seed, recipe.seed + recipe.seeds):
-        torch.manual_seed(seed % 2**32)
+    for recipe in [replace(recipe, seed=recipe.seed + more) for more in range(recipe.seeds)]:
+        torch.manual_seed(recipe.seed % 2**32)
         model = build(**recipe.sizes()).to(device)
-        recipe = replace(recipe, seed=seed)
-        out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}{suffix}-seed{seed}")
+        out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}{tail}-seed{recipe.seed}")
         if recipe.predict:
             model.load_state_dict(load(out, {"run": out.name, **recipe.sizes()})["model"])
             return read(model, recipe)
         out.mkdir(parents=True, exist_ok=True)
         if recipe.compile or (recipe.compile is None and device[:4] == "cuda" and sys.platform == "linux"):
-            torch.compiler.reset()  # or, after some seeds, PyTorch finds that it compiled this often enough
-            model.compile()
+            model.apply(lambda module: isinstance(module, Block) and module.compile())  # alike: compiled once
         train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out)
         probabilities = predict(model, test_images, device, recipe.reach)
         answers = probabilities.argmax(dim=1)
@@ -423,14 +425,12 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
 
 def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
         batches: Callable[..., Iterator], read: Callable, *shows: Callable) -> None:
-    """All of a script's main(): `build` makes a model from Recipe.sizes(), `batches` what it learns from,
-    `read` answers --predict, `shows` draw. What a user can mend ends in a sentence and exit code 2."""
-    script = Path(script).name
+    """A script's main(): `read` answers --predict, `shows` draw. What a user can mend exits with code 2."""
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that a console has not
     try:
         recipe = read_options(about, full, small)
-        return experiment(script, build, recipe, batches, read, shows)
+        return experiment(Path(script).name, build, recipe, batches, read, shows)
     except Problem as problem:
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
@@ -446,5 +446,5 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), disk)
         if not sentence:
             raise
-    print(f"{script}: {sentence}", file=sys.stderr)
+    print(f"{Path(script).name}: {sentence}", file=sys.stderr)
     sys.exit(code)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common import RANK, RANKS, Attention, Block, Problem, Recipe, generator, normalise, run, sheet
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1, input_dropout=0.2,
-              epochs=50, batch_size=512, lr=3e-4, weight_decay=0.05)
+              adversarial=2.0, epochs=24, batch_size=512, lr=3e-4, weight_decay=0.05)
 SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1, input_dropout=0.3,
                epochs=36, batch_size=128, lr=2e-3, weight_decay=0.05)
 
@@ -127,7 +127,8 @@ def show_attention(out: Path, model: nn.Module, images: Tensor, test_images: Ten
     in full orange. Flat: d x d, row i for query i. Patches: what the class token takes from each."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     Attention.fused = False
-    model.forward(normalise(test_images[:1].to(recipe.device)))  # not model(): that may be compiled
+    with torch.compiler.set_stance("force_eager"):
+        model(normalise(test_images[:1].to(recipe.device)))
     Attention.fused = True
     weights = torch.cat([layer.weights.cpu() for layer in layers])  # (layers, H, d, d) or (layers, H, N, N)
     ink = torch.zeros(1)

@@ -28,7 +28,7 @@ from common import Problem, Recipe, generator, predict, run, sheet, three_best
 from mini_vit import ViT, sample_numbers, show_attention
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
-              epochs=100, batch_size=512, lr=3e-4, weight_decay=0.05)
+              epochs=28, batch_size=512, lr=3e-4, weight_decay=0.05)
 SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7,
                epochs=28, batch_size=128, lr=2e-3, weight_decay=0.05)
 

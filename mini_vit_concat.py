@@ -20,7 +20,7 @@ from mini_vit import Head, embedding, plain_batches, show_attention
 from mini_vit_augment import read_pictures
 
 FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.1, input_dropout=0.2,
-              epochs=50, batch_size=512, lr=2e-4, weight_decay=0.05)
+              adversarial=2.0, epochs=8, batch_size=512, lr=2e-4, weight_decay=0.05)
 SMALL = Recipe(small=True, layers=4, heads=4, dim=48, patch_size=7, dropout=0.1, input_dropout=0.3,
                epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
 

@@ -19,7 +19,7 @@ from mini_vit import Head, embedding, show_attention
 from mini_vit_augment import augmented_batches, read_pictures, show_augmented
 
 FULL = Recipe(layers=12, heads=14, dim=784, patch_size=28, dropout=0.1,
-              epochs=100, batch_size=512, lr=3e-4, weight_decay=0.05)
+              epochs=18, batch_size=512, lr=3e-4, weight_decay=0.05)
 SMALL = Recipe(small=True, layers=2, heads=4, dim=64, patch_size=7,
                epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
 

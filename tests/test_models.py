@@ -90,6 +90,19 @@ def test_fused_attention_is_the_written_out_one(shape: tuple[int, ...], cross: b
                                torch.autograd.grad(written, parameters, ahead))
 
 
+@pytest.mark.parametrize("shape", [(4, 56), (4, 9, 56)])
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_that_is_compiled_is_the_same(shape: tuple[int, ...], cross: bool) -> None:
+    """On flat images it is other code. Traced as a compiler would, but run as it is: that needs no compiler."""
+    attention, x = common.Attention(56, 4), torch.randn(shape, requires_grad=True)
+    context = torch.randn(shape) if cross else None
+    eager, compiled = attention(x, context), torch.compile(attention, backend="eager")(x, context)
+    torch.testing.assert_close(compiled, eager)
+    ahead, parameters = torch.randn_like(eager), [x, *attention.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(compiled, parameters, ahead),
+                               torch.autograd.grad(eager, parameters, ahead))
+
+
 def test_vit_b_16_is_torchvisions() -> None:
     ours = mini_vit.ViT(layers=12, heads=12, dim=768, patch_size=16, image_size=224, channels=3, classes=1000)
     theirs = torchvision.models.vit_b_16(weights=None).eval()

@@ -66,6 +66,33 @@ def test_a_step_of_muon_is_as_long_in_all_directions() -> None:
     assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
+def test_adversarial_training_learns_the_worst_neighbour_too() -> None:
+    """A batch through a linear model: what reaches the optimizer is the sum of two gradients, clipped; the
+    second is at images that lie two whole pixels away, along the gradient of each image's loss."""
+    model, seen, gradients = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), [], []
+
+    class Spy(torch.optim.SGD):
+        def step(self) -> None:
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+
+    model.register_forward_pre_hook(lambda module, images: seen.append(images[0].detach().clone()))
+    images, labels = common.draw_digits(20, seed=0)
+    recipe = common.replace(mini_vit.SMALL, adversarial=2.0, batch_size=20, epochs=1, device="cpu")
+    common.train_epoch(model, iter([(images, labels)]), 1, [Spy(model.parameters())], recipe, epoch=0)
+    first, second = seen
+    torch.testing.assert_close(first, common.normalise(images))
+    torch.testing.assert_close((0.3081 * (second - first)).flatten(1).norm(dim=1), torch.full((20,), 2.0))
+    for image, label, moved in zip(first, labels, second):
+        image = image.clone().requires_grad_()
+        nn.functional.cross_entropy(model(image[None]), label[None]).backward()
+        assert nn.functional.cosine_similarity(image.grad.flatten(), (moved - image).flatten(), 0) > 0.9999
+    model.zero_grad()
+    for inputs in (first, second):
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.testing.assert_close(gradients[0], [parameter.grad for parameter in model.parameters()])
+
+
 def test_predict_is_without_dropout_and_gradients() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
     images = common.draw_digits(1100, seed=0)[0]
