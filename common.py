@@ -159,7 +159,7 @@ class Recipe:
     overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
     dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
-    adversarial: Annotated[float, 0, "also learn the worst image so far from a digit; 1: a pixel"] = 0.0
+    adversarial: Annotated[float, 0, "learn each digit's worst neighbour too, this far away; 1: a pixel"] = 0.0
     reach: Annotated[int, 0, 28, "pixels: answer with the mean over a digit moved by up to so many"] = 0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]

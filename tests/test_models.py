@@ -93,7 +93,7 @@ def test_fused_attention_is_the_written_out_one(shape: tuple[int, ...], cross: b
 @pytest.mark.parametrize("shape", [(4, 56), (4, 9, 56)])
 @pytest.mark.parametrize("cross", [False, True])
 def test_attention_that_is_compiled_is_the_same(shape: tuple[int, ...], cross: bool) -> None:
-    """On flat images it is other code. Traced as a compiler would, but run as it is: that needs no compiler."""
+    """On flat images it is other code. Traced as by a compiler, but run as it is, which needs no compiler."""
     attention, x = common.Attention(56, 4), torch.randn(shape, requires_grad=True)
     context = torch.randn(shape) if cross else None
     eager, compiled = attention(x, context), torch.compile(attention, backend="eager")(x, context)

@@ -83,7 +83,7 @@ def test_help_says_each_option_with_its_default(command_line: object) -> None:
     ("--seeds 0", "--seeds 0"),
     ("--workers -1", "--workers -1"),
     ("--reach 28", "--reach 28"),
-    ("--dataset CIFAR10", "--dataset CIFAR10"),
+    ("--dataset CIFAR10", "--dataset: invalid choice: 'CIFAR10' (choose from"),
     ("--device nowhere", "--device nowhere"),
     ("--dataset FashionMNIST --data-dir /nowhere/at/all", "FashionMNIST is not on disk"),
     ("--dataset drawn --batch-size 10001", "--batch-size 10001"),

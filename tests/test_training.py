@@ -68,7 +68,7 @@ def test_a_step_of_muon_is_as_long_in_all_directions() -> None:
 
 def test_adversarial_training_learns_the_worst_neighbour_too() -> None:
     """A batch through a linear model: what reaches the optimizer is the sum of two gradients, clipped; the
-    second is at images that lie two whole pixels away, along the gradient of each image's loss."""
+    second is at images at a distance of 2 (of black from white: 1), along the gradient of each one's loss."""
     model, seen, gradients = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), [], []
 
     class Spy(torch.optim.SGD):
