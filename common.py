@@ -44,7 +44,7 @@ class Attention(nn.Module):
     j with softmax_j(query[i] * key[j]) (cross-covariance attention: El-Nouby et al., 2021, arXiv 2106.09681).
     Queries come from x; keys and values from context, else x. Raises Problem if heads do not divide dim."""
 
-    fused = True  # False takes the formula as it is written, and leaves `weights` behind to look at
+    fused = True  # False, not compiled: the formula as it is written, which leaves `weights` to look at
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Recipe:
     overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
     dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
-    adversarial: Annotated[float, 0, "learn each digit's worst neighbour too, this far away; 1: a pixel"] = 0.0
+    adversarial: Annotated[float, 0, "learn each digit changed for the worst, too (1: by one pixel)"] = 0.0
     reach: Annotated[int, 0, 28, "pixels: answer with the mean over a digit moved by up to so many"] = 0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
     batch_size: Annotated[int, 1, "digits in a training step"]
@@ -176,7 +176,7 @@ class Recipe:
     data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
     workers: Annotated[int | None, 0, "processes that augment (default up to 4; none on a CPU)"] = None
     device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
-    compile: Annotated[bool | None, "torch.compile the model (default on Linux with CUDA)"] = None
+    compile: Annotated[bool | None, "torch.compile the blocks (default on Linux with CUDA)"] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -278,7 +278,7 @@ def load(out: Path, expected: dict) -> dict:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a dozen kinds
         raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
-    other = {name: value for name, value in expected.items() if state.get(name) != value}
+    other = {name: value for name, value in expected.items() if state.get(name, 0) != value}
     if other:
         raise Problem(f"{path} was not made with {other}: give its own options, or choose another --out")
     return state

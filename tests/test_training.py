@@ -173,7 +173,7 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_train_as_one_does(command_line: object, script: object) -> None:
     """torchrun with two processes on the CPU (gloo). Without dropout and augmentation the loss curve is that
     of one process; augmented, each process has random numbers of its own."""
-    options = TINY + " --epochs 2 --batch-size 500 --lr 4e-3"
+    options = TINY + " --adversarial 1 --epochs 2 --batch-size 500 --lr 4e-3"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, script.__file__, *options.split(), "--out", "two"], capture_output=True,
                           text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
