@@ -152,11 +152,11 @@ class Recipe:
     """A model and its training; each field is an option. Raises Problem for a value that makes no sense."""
 
     small: Annotated[bool, "the small model, on patches, for a CPU"] = False
-    layers: Annotated[int, 1, "layers of the model"]
+    layers: Annotated[int, 1, 1000, "layers of the model"]
     heads: Annotated[int, 1, "attention heads of a layer"]
-    dim: Annotated[int, 1, "width of a token; a flat image is 784 wide"]
+    dim: Annotated[int, 1, 100_000, "width of a token; a flat image is 784 wide"]
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
-    overlap: Annotated[int, 0, "pixels around a patch that it also sees; its neighbours have them too"] = 0
+    overlap: Annotated[int, 0, 28, "pixels around a patch that it also sees, as do its neighbours"] = 0
     dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
     input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
     adversarial: Annotated[float, 0, "learn each digit changed for the worst, too (1: by one pixel)"] = 0.0
@@ -438,7 +438,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         sentence = f"stopped: go on with python {shlex.join(sys.argv)} --resume"
     except (MemoryError, RuntimeError, OSError) as error:
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
-        lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or --small"
+        lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or a small model (--small)"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
         hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "Connection": died,
                  "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile"}

@@ -83,6 +83,8 @@ def test_help_says_each_option_with_its_default(command_line: object) -> None:
     ("--seeds 0", "--seeds 0"),
     ("--workers -1", "--workers -1"),
     ("--reach 28", "--reach 28"),
+    ("--small --overlap 28", "--overlap 28"),
+    ("--dim 1000000000000 --heads 1", "--dim 1000000000000"),
     ("--dataset CIFAR10", "--dataset: invalid choice: 'CIFAR10' (choose from"),
     ("--device nowhere", "--device nowhere"),
     ("--dataset FashionMNIST --data-dir /nowhere/at/all", "FashionMNIST is not on disk"),
@@ -108,7 +110,8 @@ def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytes
 
     monkeypatch.setattr(common, "train_epoch", full)
     code, _, err = command_line(mini_vit, TINY + " --batch-size 512")
-    assert (code, err) == (2, "mini_vit.py: out of memory: choose a --batch-size below 512, or --small\n")
+    told = "out of memory: choose a --batch-size below 512, or a small model (--small)"
+    assert (code, err) == (2, f"mini_vit.py: {told}\n")
 
 
 def test_output_that_nobody_reads_ends_a_run_without_a_traceback(command_line: object,
