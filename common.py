@@ -158,7 +158,7 @@ class Recipe:
     patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
     overlap: Annotated[int, 0, 28, "pixels around a patch that it also sees, as do its neighbours"] = 0
     dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
-    input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels set to 0, in training"] = 0.0
+    input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels made grey, in training"] = 0.0
     adversarial: Annotated[float, 0, "learn each digit changed for the worst, too (1: by one pixel)"] = 0.0
     reach: Annotated[int, 0, 28, "pixels: answer with the mean over a digit moved by up to so many"] = 0
     epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
@@ -251,7 +251,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: lis
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
-    """Mean probabilities (B, 10) on the CPU, of images (B, 28, 28) moved up to `reach` pixels; no dropout."""
+    """Mean probabilities (B, 10) on the CPU, of images (B, 28, 28) rolled up to `reach` pixels; no dropout."""
     model.eval()
     looks = (images.roll(move, (1, 2)) for move in itertools.product(range(-reach, reach + 1), repeat=2))
     with mixed_precision(device):
