@@ -251,7 +251,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: lis
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
-    """Mean probabilities (B, 10) on the CPU, of images (B, 28, 28) rolled up to `reach` pixels; no dropout."""
+    """Mean probabilities (B, 10) on the CPU of images (B, 28, 28) rolled up to `reach` pixels; no dropout."""
     model.eval()
     looks = (images.roll(move, (1, 2)) for move in itertools.product(range(-reach, reach + 1), repeat=2))
     with mixed_precision(device):
