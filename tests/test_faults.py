@@ -250,6 +250,18 @@ def test_other_options_are_told(command_line: object, tmp_path: Path) -> None:
     assert record.read_text() == before and '"layers": 1' in before
 
 
+def test_a_checkpoint_from_before_an_option_was_there_goes_on(command_line: object, tmp_path: Path) -> None:
+    path = folder(tmp_path, mini_vit) / "checkpoint.pt"
+    command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
+    state = torch.load(path, weights_only=True)
+    del state["adversarial"], state["overlap"]
+    torch.save(state, path)
+    code, out, _ = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path} --resume")
+    assert code == 0 and "epoch 1" not in out and "accuracy" in out
+    code, _, err = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path} --resume --overlap 2")
+    assert code == 2 and "was not made with {'overlap': 2}" in err
+
+
 def test_an_evaluation_of_nothing_is_told(command_line: object, tmp_path: Path) -> None:
     code, out, err = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")
     assert code == 2 and "accuracy" not in out and "train it first" in err
