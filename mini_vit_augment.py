@@ -3,7 +3,7 @@
     python mini_vit_augment.py             118M parameters, for a GPU
     python mini_vit_augment.py --small     0.2M parameters, for a CPU
 
-On MNIST's test set (seeds 0, 1, 2): 99.437 % +- 0.006, 28 epochs in 5 minutes on a shared H100.
+On MNIST's test set (seeds 0, 1, 2): 99.577 % +- 0.040, 100 epochs in 8 minutes on a shared H100.
 --small 99.49 % +- 0.01, 28 epochs of 16 s on two AMD EPYC cores; --small --patch-size 4 --overlap 4
 --input-dropout 0.5 --adversarial 0.5 --muon --lr 5e-3 --epochs 56 --reach 1: 99.700 % +- 0.020, 70 s each.
 
@@ -28,7 +28,7 @@ from common import Problem, Recipe, generator, predict, run, sheet, three_best
 from mini_vit import ViT, sample_numbers, show_attention
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
-              epochs=28, batch_size=512, lr=3e-4, weight_decay=0.05)
+              reach=1, epochs=100, batch_size=2048, lr=6e-4, weight_decay=0.05)
 SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7,
                epochs=28, batch_size=128, lr=2e-3, weight_decay=0.05)
 
