@@ -47,8 +47,8 @@ class ScaledAttention(common.Attention):
 
 def measure(name: str, seed: int) -> None:
     ScaledAttention.scale = SCALES[name]
-    recipe = replace(mini_vit.FULL, layers=2, adversarial=0.0, epochs=1, batch_size=256, seed=seed,
-                     device="cpu")
+    recipe = replace(mini_vit.FULL, layers=2, adversarial=0.0, epochs=1, batch_size=256,
+                     weight_decay=0.05, seed=seed, device="cpu")
     _, (images, labels), _ = common.load_digits("MNIST", None)
     (images, held_out), (labels, truth) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
     torch.manual_seed(seed)
