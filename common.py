@@ -201,10 +201,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
     as long in all directions of a matrix, and about as long as AdamW's. Only matrices decay."""
-    matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
-    adam, muon = (torch.optim.AdamW, {"fused": True}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})
-    kind, how = muon if recipe.muon else adam
-    first = kind(matrices, recipe.lr, weight_decay=recipe.weight_decay, **how)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    if recipe.muon:
+        first = torch.optim.Muon(matrices, recipe.lr, recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    else:
+        first = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return [first, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
 
 
@@ -261,14 +263,12 @@ def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Te
 
 def write(path: Path, put: Callable) -> None:
     """Writes a file, in the first process only. It is renamed when whole: `path` never names half a file."""
-    if RANK:
-        return
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        put(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    if RANK == 0:
+        with open(path.with_suffix(".part"), "wb") as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
 
 
 def load(out: Path, expected: dict) -> dict:
