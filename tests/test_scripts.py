@@ -19,6 +19,7 @@ import mini_vit_crossattn
 
 SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
 TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1"
+FILES = ROOT / "README.md", ROOT / ".github" / "measurements.md"
 LAST = r"test accuracy: (\d+\.\d\d)% \((\d+) of (\d+) drawn test digits\)"
 
 
@@ -162,7 +163,7 @@ def test_budgets() -> None:
 
 
 def test_the_commands_of_readme_and_docstrings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [ROOT.joinpath("README.md").read_text(encoding="utf-8"), *(script.__doc__ for script in SCRIPTS)]
+    texts = [*(file.read_text(encoding="utf-8") for file in FILES), *(script.__doc__ for script in SCRIPTS)]
     commands = {line for text in texts for line in re.findall(r"python (mini_vit\w*\.py[^`\n&#|]*)", text)}
     assert len(commands) >= 8
     for command in commands:
@@ -175,7 +176,7 @@ def test_the_commands_of_readme_and_docstrings_are_understood(monkeypatch: pytes
 def test_the_readmes_numbers_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = mini_vit.ViT, mini_vit_concat.ConcatViT, mini_vit.ViT, mini_vit_crossattn.CrossViT
     models = dict(zip(SCRIPTS, classes))
-    readme = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+    readme = "".join(file.read_text(encoding="utf-8") for file in FILES)
     rows = re.findall(r"^\| `python (mini_vit\w*)\.py([^`]*)` \| ([\d,]+) \|", readme, re.M)
     assert len(rows) > 20
     for name, options, said in rows:
@@ -188,7 +189,7 @@ def test_the_readmes_numbers_of_parameters(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_readmes_means_deviations_and_differences_are_those_of_its_seeds() -> None:
-    readme = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+    readme = "".join(file.read_text(encoding="utf-8") for file in FILES)
     rows = re.findall(r"\| ([\d.]+) % ± ([\d.]+) \(([\d., ]+)\) \| ([\d, ]+) \|", readme)
     assert len(rows) > 10
     runs = {}
