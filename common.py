@@ -44,7 +44,7 @@ class Attention(nn.Module):
     j with softmax_j(query[i] * key[j]) (cross-covariance attention: El-Nouby et al., 2021, arXiv 2106.09681).
     Queries come from x; keys and values from context, else x. Raises Problem if heads do not divide dim."""
 
-    fused = True  # False, not compiled: the formula as it is written, which leaves `weights` to look at
+    fused = True  # False, and not compiled: step by step, which leaves `weights` to look at
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         query = self.split(self.query(x))
         key, value = self.split(self.key(context)), self.split(self.value(context))
-        if x.dim() == 2 and torch.compiler.is_compiling():  # which makes one fast kernel of it
+        if x.dim() == 2 and torch.compiler.is_compiling():  # the compiler makes one kernel of this
             out = ((query * key.mT).softmax(dim=-1) * value.mT).sum(dim=-1)  # (B, H, d)
         elif self.fused:
             out = F.scaled_dot_product_attention(query, key, value)
@@ -200,7 +200,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
-    as long in all directions of a matrix, and about as long as AdamW's. Only matrices decay."""
+    of one length in all directions of a matrix, about that of AdamW's. Only matrices decay."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     if recipe.muon:
@@ -240,7 +240,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: lis
             optimizer.param_groups[0]["lr"] = learning_rate(epoch * steps + step, total, recipe.lr)
             optimizer.step()
             optimizer.zero_grad()
-        losses[step] = loss.detach() + 0 * norm  # no number where a gradient is none
+        losses[step] = loss.detach() + 0 * norm  # NaN where a gradient is not finite
         right += (logits.argmax(dim=1) == labels).sum()
         if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # rarely: reading waits for the GPU
             read_at = time.perf_counter()

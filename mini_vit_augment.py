@@ -45,12 +45,12 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     wide, high, slant = 1 + wide * scale, 1 + high * scale, slant * shear
     right, down = right * shift * 2 / size, down * shift * 2 / size  # places go from -1 to 1
     affine = torch.stack([wide * cos, slant - high * sin, right, wide * sin, high * cos, down], dim=1)
-    # Where a pixel looks is a weighted sum. An affine map weighs how far right it is, how far down, and 1.
+    # A pixel looks at a place (x, y). In an affine map both are weighted sums of its own x, its own y, and 1.
     middle = (2 * torch.arange(size) + 1) / size - 1
     fields = torch.stack([middle.repeat(size), middle.repeat_interleave(size), torch.ones(size**2)])
     places = affine.view(2 * count, 3) @ fields  # (2 B, 3) @ (3, 784)
-    # To bend takes 49 more: a Gaussian bump every four pixels, with random weights. The squares of all
-    # bumps sum to 1 at each pixel, so a place varies as much as one weight does, times `bend`.
+    # To bend adds 49 more terms: a Gaussian bump every four pixels, with random weights. At each pixel the
+    # squares of the bumps sum to 1, so with normal weights it moves by a standard deviation of `bend`.
     distance = torch.arange(size)[:, None] - (1.5 + torch.arange(0, size, 4))
     bump = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7), along one axis
     bumps = torch.kron(bump, bump).T * bend * 2 / size  # (49, 784)
