@@ -293,7 +293,7 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
         state = load(out, made_by)
         first, log = state["epoch"], state["log"]
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(optimizers if recipe.epochs else (), state["optimizers"]):
             optimizer.load_state_dict(saved)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     stream = itertools.takewhile(lambda batch: not signals, batches(first))  # workers start, deaf to signals
@@ -313,8 +313,8 @@ def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: 
         log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
         state = {**made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        write(out / "checkpoint.pt", lambda file: torch.save(state, file))
         write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
+        write(out / "checkpoint.pt", lambda file: torch.save(state, file))
         print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
               f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
     for number in before:
@@ -363,8 +363,8 @@ def choose_device(name: str | None) -> str:
         if "LOCAL_RANK" in os.environ and name != "cpu" and torch.accelerator.is_available():  # a GPU each
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         return str(torch.zeros(1, device=name or torch.accelerator.current_accelerator(True)).device)
-    except (RuntimeError, AssertionError) as error:
-        raise Problem(f"--device {name} does not work here: choose another, or cpu") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise Problem(f"--device {name or '(default)'} does not work here: choose another, or cpu") from error
 
 
 def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
@@ -387,8 +387,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     steps, total, what = len(images) // recipe.batch_size, len(test_images), f"{name} {kind} digits"
     if (steps == 0 or recipe.batch_size % RANKS) and not recipe.predict:
         raise Problem(f"--batch-size {recipe.batch_size}: choose a multiple of {RANKS}, up to {len(images)}")
-    workers = 0 if device.startswith("cpu") else min(4, os.cpu_count() or 1)
-    workers = workers if recipe.workers is None else recipe.workers
+    workers = min(4, os.cpu_count() or 1) * (device != "cpu") if recipe.workers is None else recipe.workers
     recipe = replace(recipe, dataset=name, device=device, workers=workers)
     print(f"{script}: {parameters:,} parameters, {device}, {name}, {recipe}", flush=True)
     if device == "cpu" and recipe.patch_size == 28 and recipe.epochs and not recipe.predict:  # at 1e11 FLOP/s
@@ -427,7 +426,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         batches: Callable[..., Iterator], read: Callable, *shows: Callable) -> None:
     """A script's main(): `read` answers --predict, `shows` draw. What a user can mend exits with code 2."""
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that a console has not
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for letters that a console has not
     try:
         recipe = read_options(about, full, small)
         return experiment(Path(script).name, build, recipe, batches, read, shows)
@@ -435,13 +434,14 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args or [signal.SIGINT])[0]
-        sentence = f"stopped: go on with python {shlex.join(sys.argv)} --resume"
+        sentence = f"stopped: go on with python {shlex.join(x for x in sys.argv if x != '--resume')} --resume"
     except (MemoryError, RuntimeError, OSError) as error:
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or a small model (--small)"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
         hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "Connection": died,
                  "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile"}
+        error = error.__context__ if "inline_container" in str(error) else error  # torch.save on a full disk
         disk = isinstance(error, OSError) and f"cannot read or write ({error}): make room, or change --out"
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), disk)
         if not sentence:

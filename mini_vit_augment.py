@@ -83,7 +83,7 @@ def augmented_batches(images: Tensor, labels: Tensor, recipe: Recipe, first_epoc
     """The batches of all epochs, made by `recipe.workers` processes as the model learns; by this one if 0."""
     return iter(DataLoader(AugmentedDigits(images, labels, recipe.seed), collate_fn=tuple,
                            batch_sampler=map(Tensor.tolist, sample_numbers(len(images), recipe, first_epoch)),
-                           generator=generator(recipe.seed), num_workers=recipe.workers, worker_init_fn=quiet,
+                           num_workers=recipe.workers, worker_init_fn=quiet,
                            pin_memory=recipe.device.startswith("cuda")))
 
 

@@ -81,8 +81,9 @@ def test_after_training_a_signal_ends_a_run_at_once_again(command_line: object) 
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path) -> None:
-    first = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")[1].splitlines()[-1]
+@pytest.mark.parametrize("training", ["", "--muon"])
+def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path, training: str) -> None:
+    first = command_line(mini_vit, f"{TINY} {training} --epochs 1 --out {tmp_path}")[1].splitlines()[-1]
     code, out, _ = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")
     assert code == 0 and out.splitlines()[-1] == first and "epoch 1" not in out
 
@@ -92,7 +93,7 @@ def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path)
     (signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True)])
 def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: int, group: bool) -> None:
     run = subprocess.Popen([sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1000",
-                            "--workers", "2", "--out", str(tmp_path)],
+                            "--workers", "2", "--out", str(tmp_path), *["--resume"] * group],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not run.stdout.readline().startswith("epoch 2"):
@@ -204,6 +205,40 @@ def test_a_full_disk_loses_nothing(command_line: object, monkeypatch: pytest.Mon
     assert code == 2 and "No space left" in err and "--out" in err and "Traceback" not in err
     code, out, _ = command_line(mini_vit, options + " --resume")
     assert code == 0 and "epoch 2 of 2" in out and "epoch 1 of 2" not in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+@pytest.mark.parametrize("room", [100_000, 300_000, 500_000])
+def test_a_disk_with_too_little_room_for_a_checkpoint_is_told(tmp_path: Path, room: int) -> None:
+    """By a limit to the size of a file. Wherever it strikes, torch.save has its own errors on top."""
+    import resource
+
+    command = [sys.executable, mini_vit.__file__, *TINY.split(), "--dim", "64", "--epochs", "1"]
+    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=60,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "mini_vit.py: cannot read or write ([Errno 27] File too large)" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("files", [4, 5])
+def test_a_run_that_ends_as_it_saves_loses_no_line_of_its_log(command_line: object,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              tmp_path: Path, files: int) -> None:
+    """An epoch writes three files; this run ends when the second epoch has written one, or two."""
+    options, original, written = f"{TINY} --epochs 2 --out {tmp_path}", common.write, []
+
+    def stops(path: Path, put: object) -> None:
+        if len(written) == files:
+            raise KeyboardInterrupt
+        original(path, put)
+        written.append(path)
+
+    monkeypatch.setattr(common, "write", stops)
+    assert command_line(mini_vit, options)[0] == 130
+    monkeypatch.setattr(common, "write", original)
+    assert command_line(mini_vit, options + " --resume")[0] == 0
+    log = (folder(tmp_path, mini_vit) / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in log] == ["epoch", "1", "2"]
 
 
 def test_a_folder_that_cannot_be_written(command_line: object, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The scripts as a person runs them, and the house's own rules."""
 
+import contextlib
+import io
 import math
 import re
 import statistics
@@ -88,6 +90,7 @@ def test_help_says_each_option_with_its_default(command_line: object) -> None:
     ("--dim 1000000000000 --heads 1", "--dim 1000000000000"),
     ("--dataset CIFAR10", "--dataset: invalid choice: 'CIFAR10' (choose from"),
     ("--device nowhere", "--device nowhere"),
+    ("--device hpu", "--device hpu"),
     ("--dataset FashionMNIST --data-dir /nowhere/at/all", "FashionMNIST is not on disk"),
     ("--dataset drawn --batch-size 10001", "--batch-size 10001"),
     ("--small --dataset drawn --lr 1e12 --epochs 1", "in step"),
@@ -148,6 +151,19 @@ def test_full_size_on_a_cpu_says_how_long(command_line: object, monkeypatch: pyt
 def test_first_use_without_mnist(command_line: object, tmp_path: object) -> None:
     code, out, err = command_line(mini_vit, f"--small --epochs 0 --data-dir {tmp_path}")
     assert code == 0 and "WARNING" in err and re.fullmatch(LAST, out.splitlines()[-1])
+
+
+def test_a_default_device_that_does_not_work_is_told(command_line: object,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *check: torch.device("xla"))
+    code, _, err = command_line(mini_vit, "--small --dataset drawn")
+    assert code == 2 and "--device (default) does not work here" in err and len(err.splitlines()) == 1
+
+
+def test_a_notebook_has_another_kind_of_stdout(command_line: object) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as out:  # which cannot be reconfigured
+        assert command_line(mini_vit, TINY + " --epochs 0")[0] == 0
+    assert re.fullmatch(LAST, out.getvalue().splitlines()[-1])
 
 
 # the house
