@@ -122,8 +122,7 @@ def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tenso
     root = Path(data_dir or Path(__file__).parent / "data")
     socket.setdefaulttimeout(30)  # seconds without an answer
     try:
-        train, test = (source(root, train=train, download=True) for train in (True, False))
-        failure = None
+        train, test, failure = *(source(root, train=train, download=True) for train in (True, False)), None
     except Exception as error:  # of the network, the disk, a checksum: a dozen kinds
         failure = error
     for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
@@ -374,13 +373,13 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(**recipe.sizes()).parameters())
-    wanted = "drawn" if recipe.predict else recipe.dataset, recipe.data_dir  # --predict needs no digits
-    digits = None if RANK else load_digits(*wanted)
-    if RANKS > 1:
+    digits = None if RANK else load_digits("drawn" if recipe.predict else recipe.dataset, recipe.data_dir)
+    found = [digits and digits[0]]
+    if RANKS > 1:  # the first process has unpacked the digits: the others take the same
         torch.distributed.init_process_group()
-        torch.distributed.barrier()  # until the first has unpacked the digits
-    name, (images, labels), (test_images, test_labels) = digits or load_digits(*wanted)
-    name = recipe.dataset or "MNIST" if recipe.predict else name
+        torch.distributed.broadcast_object_list(found)
+    name, (images, labels), (test_images, test_labels) = digits or load_digits(found[0], recipe.data_dir)
+    name = recipe.dataset or "MNIST" if recipe.predict else name  # (--predict needs no digits)
     kind, tail = ("validation", "-validate") if recipe.validate else ("test", "")
     if recipe.validate:
         (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
@@ -439,8 +438,9 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or a small model (--small)"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
-        hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "Connection": died,
-                 "DataLoader worker": died, "'torch._": "the model cannot be compiled: add --no-compile"}
+        plain = "the model cannot be compiled: add --no-compile"
+        hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "ALLOC_FAILED": lower,
+                 "Connection": died, "DataLoader worker": died, "'torch._": plain, "torch.compile": plain}
         error = error.__context__ if "inline_container" in str(error) else error  # torch.save on a full disk
         disk = isinstance(error, OSError) and f"cannot read or write ({error}): make room, or change --out"
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), disk)

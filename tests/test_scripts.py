@@ -108,9 +108,13 @@ def test_what_argparse_refuses_has_the_same_exit_code(command_line: object) -> N
         assert code == 2 and "error" in err and len(err.splitlines()) == 2
 
 
-def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], ids=str)
+def test_out_of_memory_names_the_option(command_line: object, monkeypatch: pytest.MonkeyPatch,
+                                        error: Exception) -> None:
     def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(common, "train_epoch", full)
     code, _, err = command_line(mini_vit, TINY + " --batch-size 512")
@@ -132,7 +136,8 @@ def test_a_compiler_that_is_missing_is_told(command_line: object, monkeypatch: p
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    for error in (InductorError(RuntimeError("No working C++ compiler"), None), TorchDynamoException("no")):
+    for error in (InductorError(RuntimeError("No working C++ compiler"), None), TorchDynamoException("no"),
+                  RuntimeError("torch.compile is not supported on Python 3.14+")):
         def breaks(*args: object, error: Exception = error) -> None:
             raise error
 

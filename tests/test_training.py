@@ -171,6 +171,7 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv, which PyTorch for Windows lacks")
 @pytest.mark.parametrize("script", [mini_vit, mini_vit_augment], ids=lambda script: script.__name__)
 def test_two_processes_train_as_one_does(command_line: object, script: object) -> None:
     """torchrun with two processes on the CPU (gloo). Without dropout and augmentation the loss curve is that
@@ -206,6 +207,22 @@ def test_the_batch_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_cannot_be_shared_is_told(command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RANKS", 3)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda found: None)
     code, _, err = command_line(mini_vit, TINY + " --batch-size 100")
     assert code == 2 and "choose a multiple of 3" in err and len(err.splitlines()) == 1
+
+
+def test_other_processes_take_the_digits_that_the_first_found(command_line: object,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MNIST is not to be had, it has drawn some: the others do not try a download of their own."""
+    def load_digits(name: str, data_dir: None) -> None:
+        raise common.Problem(f"asked for {name}")
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which another process than the first replaces
+    monkeypatch.setattr(common, "RANK", 1)
+    monkeypatch.setattr(common, "RANKS", 2)
+    monkeypatch.setattr(common, "load_digits", load_digits)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda found: found.insert(0, "drawn"))
+    code, _, err = command_line(mini_vit, TINY.replace("--dataset drawn", ""))
+    assert (code, err) == (2, "mini_vit.py: asked for drawn\n")
