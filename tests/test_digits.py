@@ -114,6 +114,20 @@ def test_rotation_and_scale_are_as_large_as_said(changes: dict, expected: dict) 
         assert wide.max() == pytest.approx(expected["wide"][1], abs=0.05)
 
 
+def test_both_sides_scale_on_their_own_and_shear_is_as_large_as_said() -> None:
+    """Measured on the second moments of a square of 14 pixels."""
+    square, place = torch.zeros(400, 28, 28, dtype=torch.uint8), torch.arange(28.0) - 13.5
+    square[:, 7:21, 7:21] = 250
+    scaled, slanted = (augment(square, generator(), **{**NOTHING, **change}).float()
+                       for change in ({"scale": 0.2}, {"shear": 0.3}))
+    sides = [(scaled.sum(dim) @ place**2 / scaled.sum((1, 2)) / (14**2 / 12)).sqrt() for dim in (1, 2)]
+    for side in sides:
+        assert [side.min(), side.max()] == pytest.approx([1 / 1.2, 1 / 0.8], abs=0.05)
+    assert torch.corrcoef(torch.stack(sides))[0, 1].abs() < 0.2
+    slant = torch.einsum("bij,i,j->b", slanted, place, place) / (slanted.sum(2) @ place**2)
+    assert [slant.min(), slant.max()] == pytest.approx([-0.3, 0.3], abs=0.02)
+
+
 def test_bend_is_a_standard_deviation_in_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
     monkeypatch.setattr(mini_vit_augment.F, "grid_sample",
@@ -179,6 +193,9 @@ def test_drawn_digits_can_be_told_apart_and_are_the_same_each_time() -> None:
     images, labels = common.draw_digits(200, seed=0)
     assert images.shape == (200, 28, 28) and images.dtype == torch.uint8
     assert torch.equal(images, common.draw_digits(200, seed=0)[0])
+    train, test = (set(map(tuple, images.flatten(1).tolist()))
+                   for images, _ in common.load_digits("drawn", None)[1:])
+    assert not train & test
     assert labels.bincount().tolist() == [20] * 10
     means = torch.stack([images[labels == digit].float().mean(0) for digit in range(10)])
     assert torch.cdist(means.flatten(1), means.flatten(1)).add(torch.eye(10) * 1e9).min() > 300

@@ -278,7 +278,8 @@ def test_other_options_are_told(command_line: object, tmp_path: Path) -> None:
     command_line(mini_vit, options)
     record = next(tmp_path.glob("*/options.json"))
     before = record.read_text()
-    for name, value in dict(layers=2, adversarial=1.0, epochs=2, batch_size=50, lr=1e-5).items():
+    changed = dict(layers=2, adversarial=1.0, epochs=2, batch_size=50, lr=1e-5, weight_decay=0.5)
+    for name, value in changed.items():
         code, out, err = command_line(mini_vit, f"{options} --resume --{name.replace('_', '-')} {value}")
         assert code == 2 and "accuracy" not in out and len(err.splitlines()) == 1
         assert f"was not made with {{'{name}': {value}}}" in err

@@ -165,6 +165,44 @@ def test_images_of_a_batch_do_not_influence_each_other(name: str, flat: bool) ->
         torch.testing.assert_close(model(other)[4:], logits[4:], atol=1e-4, rtol=1e-4)
 
 
+@every_model
+def test_a_model_has_its_recipes_dropout_in_each_half_of_a_block_and_its_input_dropout(name: str,
+                                                                                       flat: bool) -> None:
+    model, full, small, _ = MODELS[name]
+    recipe = common.replace(full if flat else small, layers=1, dropout=0.6, input_dropout=0.25)
+    model, images, kept = model(**recipe.sizes()), torch.ones(20, 1, 28, 28), []
+    for block in (module for module in model.modules() if isinstance(module, common.Block)):
+        block.register_forward_hook(lambda block, x, out: kept.append((out == x[0]).double().mean().item()))
+    model(images)
+    assert kept and kept == pytest.approx([0.6**2] * len(kept), abs=0.05)
+    embedded = model.embed(images)
+    if flat:
+        assert (embedded == 0).double().mean().item() == pytest.approx(0.25, abs=0.05)
+    else:
+        assert embedded.shape[1] == 1 + 12  # of 1 + 16
+
+
+def test_each_block_of_concat_and_its_head_see_the_image_beside_the_stream() -> None:
+    model, images, seen, stream = build("concat", flat=False).eval(), torch.randn(2, 1, 28, 28), [], []
+    for module in [*model.blocks, model.head]:
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for module in [model.first, *model.narrow]:
+        module.register_forward_hook(lambda module, inputs, out: stream.append(out))
+    model(images)
+    for both, h in zip(seen, stream, strict=True):
+        torch.testing.assert_close(both, torch.cat([model.embed(images), h], dim=-1))
+
+
+def test_each_layer_of_crossattn_asks_its_encoder_of_the_image() -> None:
+    model, images = build("cross", flat=False).eval(), torch.randn(2, 1, 28, 28)
+    x = image = model.embed(images)
+    for layer in model.layers:
+        x, context, cross = layer.block(x), layer.encoder(image), layer.cross
+        x = x + cross.attention(cross.norm1(x), cross.norm_context(context))  # queries; keys and values
+        x = x + cross.mlp(cross.norm2(x))
+    torch.testing.assert_close(model(images), model.head(x))
+
+
 def test_the_order_of_patches_matters_because_of_positions() -> None:
     model, images = build("mini_vit", flat=False).eval(), torch.randn(2, 1, 28, 28)
     turned = images.roll(7, dims=-1)  # the same patches in other places

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MNIST
 from PIL import Image, ImageFilter, ImageOps
+from torch import nn
 
 import common
 import mini_vit
@@ -146,6 +147,15 @@ def test_a_picture_of_16_bits_is_read_as_one_of_8(file: str) -> None:
     Image.fromarray(257 * np.asarray(eight).astype(np.uint16)).save(file)
     assert Image.open(file).mode[0] == "I"
     assert torch.equal(prepare(file), prepare("eight.png"))
+
+
+def test_a_picture_is_looked_at_as_often_as_reach_says(capsys: pytest.CaptureFixture) -> None:
+    digit("black on white").save("digit.png")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    recipe = common.replace(mini_vit_augment.SMALL, device="cpu", predict=["digit.png"], reach=2)
+    mini_vit_augment.read_pictures(model, recipe)
+    row = common.predict(model, prepare("digit.png")[None], "cpu", reach=2)[0]
+    assert common.three_best(row) in capsys.readouterr().out
 
 
 def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: object,

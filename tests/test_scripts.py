@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import re
 import statistics
@@ -62,6 +63,40 @@ def test_seeds_and_validation(command_line: object) -> None:
     assert code == 0 and first != second
     assert float(mean) == pytest.approx((first + second) / 2, abs=0.006)
     assert float(deviation) == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_what_a_run_is_tested_on_it_has_not_learned(command_line: object, monkeypatch: pytest.MonkeyPatch,
+                                                    validate: bool) -> None:
+    learned, tested = [], []
+
+    def learn(model: object, batches: object, steps: int, *rest: object) -> torch.Tensor:
+        learned.extend(images for images, _ in itertools.islice(batches, steps))
+        return torch.zeros(2)
+
+    def test(model: torch.nn.Module, images: torch.Tensor, *rest: object) -> torch.Tensor:
+        model.eval()
+        tested.append(images)
+        return torch.ones(len(images), 10)
+
+    monkeypatch.setattr(common, "train_epoch", learn)
+    monkeypatch.setattr(common, "predict", test)
+    assert command_line(mini_vit, TINY + " --batch-size 500" + " --validate" * validate)[0] == 0
+    _, (digits, _), (held_out, _) = common.load_digits("drawn", None)
+    if validate:
+        digits, held_out = digits[:-5000], digits[-5000:]
+    assert torch.equal(torch.cat(tested), held_out)
+    assert sorted(torch.cat(learned).flatten(1).tolist()) == sorted(digits.flatten(1).tolist())
+    assert Path(f"runs/mini_vit-drawn-small{'-validate' * validate}-seed0/checkpoint.pt").exists()
+
+
+def test_each_script_trains_its_own_model_on_digits_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, augmented, given = mini_vit.plain_batches, mini_vit_augment.augmented_batches, []
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "run", lambda *args: given.append((args[2], args[5])))
+        script.main()
+    assert given == [(mini_vit.ViT, plain), (mini_vit_concat.ConcatViT, plain), (mini_vit.ViT, augmented),
+                     (mini_vit_crossattn.CrossViT, augmented)]
 
 
 def test_help_says_each_option_with_its_default(command_line: object) -> None:

@@ -159,6 +159,48 @@ def test_a_loss_that_is_no_number_stops_with_its_step(adversarial: float, call: 
         common.train_epoch(model, mini_vit.plain_batches(images, labels, recipe), 10, optimizers, recipe, 0)
 
 
+def test_the_log_has_the_mean_loss_and_the_share_of_right_answers() -> None:
+    model, (images, labels) = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), common.draw_digits(100, seed=0)
+    recipe = common.replace(mini_vit.SMALL, device="cpu", batch_size=10, epochs=1, lr=0.0)
+    batches = mini_vit.plain_batches(images, labels, recipe)
+    loss, share = common.train_epoch(model, batches, 10, common.make_optimizers(model, recipe), recipe, 0)
+    logits = model(common.normalise(images))
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels).detach())
+    torch.testing.assert_close(share, (logits.argmax(1) == labels).float().mean())
+
+
+@pytest.mark.parametrize("more", ["", " --muon"])
+def test_the_learning_rate_follows_the_schedule_over_all_epochs(command_line: object, more: str,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, original = [], common.make_optimizers
+
+    def spied(*args: object) -> list[torch.optim.Optimizer]:
+        optimizers = original(*args)
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda self, *_: rates.append(self.param_groups[0]["lr"]))
+        return optimizers
+
+    monkeypatch.setattr(common, "make_optimizers", spied)
+    assert command_line(mini_vit, TINY + more + " --epochs 3 --batch-size 2000 --lr 0.01")[0] == 0
+    assert rates == [common.learning_rate(step, 15, 0.01) for step in range(15) for _ in range(2)]
+
+
+def test_each_epoch_seed_and_process_has_dropout_of_its_own(monkeypatch: pytest.MonkeyPatch,
+                                                            tmp_path: Path) -> None:
+    drawn = []
+
+    def draws(*args: object) -> torch.Tensor:
+        drawn.append(torch.rand(1).item())
+        return torch.zeros(2)
+
+    monkeypatch.setattr(common, "train_epoch", draws)
+    for rank, seed in itertools.product((0, 1), (0, 1)):
+        monkeypatch.setattr(common, "RANK", rank)
+        recipe = common.replace(mini_vit.SMALL, device="cpu", epochs=2, seed=seed)
+        common.train(nn.Linear(2, 2), lambda first: iter(()), 1, recipe, tmp_path)
+    assert len(set(drawn)) == 8
+
+
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGD with a rate of 1 in place of AdamW: no step may be longer than 1."""
     recipe = common.replace(mini_vit.SMALL, device="cpu", batch_size=10, epochs=1, lr=1.0)
