@@ -375,7 +375,7 @@ def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
         parameters = sum(parameter.numel() for parameter in build(**recipe.sizes()).parameters())
     digits = None if RANK else load_digits("drawn" if recipe.predict else recipe.dataset, recipe.data_dir)
     found = [digits and digits[0]]
-    if RANKS > 1:  # the first process has unpacked the digits: the others take the same
+    if RANKS > 1:  # the first process has fetched the digits: the others wait, and take the same
         torch.distributed.init_process_group()
         torch.distributed.broadcast_object_list(found)
     name, (images, labels), (test_images, test_labels) = digits or load_digits(found[0], recipe.data_dir)
@@ -425,7 +425,7 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         batches: Callable[..., Iterator], read: Callable, *shows: Callable) -> None:
     """A script's main(): `read` answers --predict, `shows` draw. What a user can mend exits with code 2."""
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for letters that a console has not
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a notebook's has no such method
     try:
         recipe = read_options(about, full, small)
         return experiment(Path(script).name, build, recipe, batches, read, shows)
@@ -438,9 +438,9 @@ def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, 
         sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
         lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or a small model (--small)"
         died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
-        plain = "the model cannot be compiled: add --no-compile"
+        eager = "the model cannot be compiled: add --no-compile"
         hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "ALLOC_FAILED": lower,
-                 "Connection": died, "DataLoader worker": died, "'torch._": plain, "torch.compile": plain}
+                 "Connection": died, "DataLoader worker": died, "'torch._": eager, "torch.compile": eager}
         error = error.__context__ if "inline_container" in str(error) else error  # torch.save on a full disk
         disk = isinstance(error, OSError) and f"cannot read or write ({error}): make room, or change --out"
         code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), disk)

@@ -170,11 +170,11 @@ def test_a_model_has_its_recipes_dropout_in_each_half_of_a_block_and_its_input_d
                                                                                        flat: bool) -> None:
     model, full, small, _ = MODELS[name]
     recipe = common.replace(full if flat else small, layers=1, dropout=0.6, input_dropout=0.25)
-    model, images, kept = model(**recipe.sizes()), torch.ones(20, 1, 28, 28), []
+    model, images, same = model(**recipe.sizes()), torch.ones(20, 1, 28, 28), []
     for block in (module for module in model.modules() if isinstance(module, common.Block)):
-        block.register_forward_hook(lambda block, x, out: kept.append((out == x[0]).double().mean().item()))
+        block.register_forward_hook(lambda block, x, out: same.append((out == x[0]).double().mean().item()))
     model(images)
-    assert kept and kept == pytest.approx([0.6**2] * len(kept), abs=0.05)
+    assert same and same == pytest.approx([0.6**2] * len(same), abs=0.05)  # where both halves add 0
     embedded = model.embed(images)
     if flat:
         assert (embedded == 0).double().mean().item() == pytest.approx(0.25, abs=0.05)
