@@ -1,5 +1,12 @@
-"""What the four scripts share: 1. attention and blocks, 2. digits, 3. training, 4. pictures and options.
-Letters in the shape comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head."""
+"""What the four scripts share, leaf to root, in six chapters:
+
+    1  attention and blocks      3  training      5  pictures, drawn and read
+    2  digits and batches        4  runs          6  the command line
+
+Letters in the comments on shapes: B images, N tokens, D width of a token, H heads, d = D / H width
+of a head. What a `recipe` holds is in chapter 6."""
+
+from __future__ import annotations
 
 import argparse
 import gzip
@@ -7,444 +14,725 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import IO, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "drawn")
-
+# torchrun starts a process for each GPU, and numbers them; any other run is process 0 of 1.
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1
 
 class Problem(ValueError):
-    """An error that the user can fix: the message says what is wrong and what to do, in a sentence."""
+    """An error that the user can mend: a sentence that says what is wrong and what to do."""
 
+# ---- 1. attention and blocks --------------------------------------------------------------------
 
-# ---- 1. attention and blocks -------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762) in several heads:
+    """Scaled dot-product attention in several heads (Vaswani et al., 2017, arXiv 1706.03762):
 
-        weights = softmax(query @ key^T / sqrt(query's width)),   out = weights @ value
+        weights = softmax(query @ key^T / sqrt(d)),   out = weights @ value
 
-    Input (B, N, D): its N tokens attend to each other, as in every ViT. Each head has d of the D numbers.
-    Input (B, D), a flat image: one token, and softmax over one token is always 1. So its features attend:
-    query, key and value of a head, d numbers each, are taken as d tokens of width 1, and number i attends to
-    j with softmax_j(query[i] * key[j]) (cross-covariance attention: El-Nouby et al., 2021, arXiv 2106.09681).
-    Queries come from x; keys and values from context, else x. Raises Problem if heads do not divide dim."""
-
-    fused = True  # False, and not compiled: step by step, which leaves `weights` to look at
+    Queries come from x (B, N, D), keys and values from context (B, M, D): in self-attention, x
+    again. Each head works on d of the D numbers. The result has the shape of x. Raises Problem if
+    the heads do not divide the width."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
         if dim % heads:
-            raise Problem(f"{heads} heads do not divide a width of {dim}: choose other --heads or --dim")
+            raise Problem(f"{heads} heads do not divide a width of {dim}: change --heads or --dim")
         self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
+        self.query = nn.Linear(dim, dim, bias=qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, H, N, d): N tokens of width d; and (B, D) to (B, H, d, 1): d tokens of width 1."""
-        heads = x.unflatten(-1, (self.heads, -1))  # (B, H, d) or (B, N, H, d)
-        return heads.unsqueeze(3) if x.dim() == 2 else heads.transpose(1, 2)  # (B, H, d, 1) or (B, H, N, d)
+        """(B, N, D) to (B, H, N, d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """How much of each value (a column) goes into each result (a row): (B, H, N, M)."""
         query = self.split(self.query(x))
-        key, value = self.split(self.key(context)), self.split(self.value(context))
-        if x.dim() == 2 and torch.compiler.is_compiling():  # the compiler makes one kernel of this
-            out = ((query * key.mT).softmax(dim=-1) * value.mT).sum(dim=-1)  # (B, H, d)
-        elif self.fused:
-            out = F.scaled_dot_product_attention(query, key, value)
-        else:
-            scores = query @ key.mT / math.sqrt(query.shape[-1])  # (B, H, d, d) or (B, H, N, N)
-            self.weights = scores.softmax(dim=-1)
-            out = self.weights @ value
-        out = out.transpose(1, 2) if x.dim() == 3 else out  # (B, H, N, d) to (B, N, H, d)
-        return self.proj(out.reshape(x.shape))
+        key = self.split(self.key(context))
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        return scores.softmax(dim=-1)
 
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        query = self.split(self.query(x))
+        key = self.split(self.key(context))
+        value = self.split(self.value(context))
+        out = F.scaled_dot_product_attention(query, key, value)  # never stores all the weights
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, H, N, d) to (B, N, D)
+
+class FeatureAttention(Attention):
+    """Attention inside a flat image: x and context are (B, D), and so is the result.
+
+    A flat image is a single token, and softmax over a single score is always 1. So here the d
+    numbers of a head attend to each other: they are taken as d tokens of width 1, and
+
+        weights[i, j] = softmax_j(query[i] * key[j]),   out[i] = sum_j weights[i, j] * value[j]
+
+    (for one token, the cross-covariance attention of El-Nouby et al., 2021, arXiv 2106.09681)."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, D) to (B, H, d, 1)."""
+        return x.unflatten(-1, (self.heads, -1)).unsqueeze(-1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        value = self.split(self.value(context))
+        if torch.compiler.is_compiling():  # the compiler makes one fast program of the formula
+            out = (self.weights(x, context) * value.mT).sum(dim=-1)  # (B, H, d)
+        else:
+            query, key = self.split(self.query(x)), self.split(self.key(context))
+            out = F.scaled_dot_product_attention(query, key, value)  # (B, H, d, 1)
+        return self.proj(out.flatten(1))  # (B, D)
 
 class Block(nn.Module):
-    """A pre-norm transformer block. The shape, (B, N, D) or (B, D), stays."""
+    """A pre-norm transformer block. Its input, (B, N, D) or flat (B, D), keeps its shape."""
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, qkv_bias: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, *, flat: bool, dropout: float = 0.0,
+                 qkv_bias: bool = False) -> None:
         super().__init__()
+        kind = FeatureAttention if flat else Attention
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, heads, qkv_bias)
+        self.attention = kind(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
+        normed = self.norm1(x)
+        x = x + self.dropout(self.attention(normed, normed))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
+# ---- 2. digits and batches ----------------------------------------------------------------------
 
-# ---- 2. digits: images are bytes, (B, 28, 28), until they are on the device --------------------------------
+class Digits(NamedTuple):
+    """Part of the data set `name`: images are bytes (count, 28, 28), labels numbers (count)."""
+    name: str
+    images: Tensor
+    labels: Tensor
+
 def normalise(images: Tensor) -> Tensor:
-    """Bytes (B, 28, 28) to floats (B, 1, 28, 28) with mean 0 and variance 1 over MNIST's training pixels."""
+    """Bytes (B, 28, 28) to floats (B, 1, 28, 28) of mean 0 and variance 1 over MNIST's pixels."""
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
 
+def seed_from(*numbers: int) -> int:
+    """A seed that follows from all of these. (torch uses 32 bits of it.)"""
+    return hash(numbers) % 2**32
 
 def generator(*numbers: int) -> torch.Generator:
-    """Random numbers that follow from all of these. (torch uses 32 bits of a seed, so they are hashed.)"""
-    return torch.Generator().manual_seed(hash(numbers) % 2**32)
+    """Random numbers that follow from all of these."""
+    return torch.Generator().manual_seed(seed_from(*numbers))
 
-
-def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of stand-in digits: PIL's built-in font, each turned, sized and moved at random."""
+def draw_digits(count: int, seed: int) -> Digits:
+    """Stand-in digits of PIL's own font, each turned, sized and moved at random."""
     page = Image.new("L", (28, 280))
+    font = ImageFont.load_default(24)
     for digit in range(10):
-        ImageDraw.Draw(page).text((14, 28 * digit + 14), str(digit), 255, ImageFont.load_default(24), "mm")
-    images, labels = torch.tensor(list(page.tobytes())).float().view(10, 1, 28, 28), torch.arange(count) % 10
+        ImageDraw.Draw(page).text((14, 28 * digit + 14), str(digit), 255, font, anchor="mm")
+    ten, labels = pil_to_tensor(page).float().view(10, 1, 28, 28), torch.arange(count) % 10
     affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=generator(seed))
     grid = F.affine_grid(affine, [count, 1, 28, 28], align_corners=False)
-    return F.grid_sample(images[labels], grid, align_corners=False).squeeze(1).byte(), labels
+    images = F.grid_sample(ten[labels], grid, align_corners=False)
+    return Digits("drawn", images.squeeze(1).byte(), labels)
 
-
-def load_digits(name: str | None, data_dir: str | None) -> tuple[str, list[Tensor], list[Tensor]]:
-    """The data set's name; images and labels for training, and for the test. No name means MNIST or, failing
-    that, drawn digits and a warning. Raises Problem if one asked for is not to be had, or one is damaged."""
-    if name == "drawn":
-        return name, list(draw_digits(10_000, seed=0)), list(draw_digits(2_000, seed=1))
-    source = getattr(torchvision.datasets, name or "MNIST")
-    root = Path(data_dir or Path(__file__).parent / "data")
-    socket.setdefaulttimeout(30)  # seconds without an answer
-    try:
-        train, test, failure = *(source(root, train=train, download=True) for train in (True, False)), None
-    except Exception as error:  # of the network, the disk, a checksum: a dozen kinds
-        failure = error
-    for file, md5 in source.resources:  # torchvision checks what it unpacks, and trusts what is unpacked
-        packed = root / source.__name__ / "raw" / file
+def check_files(source: type, folder: Path) -> None:
+    """Raises Problem for a damaged file. (torchvision does not check what is unpacked already.)"""
+    for file, md5 in source.resources:
+        packed = folder / file
         unpacked = packed.with_suffix("")
-        sound = torchvision.datasets.utils.check_integrity(packed, md5)
-        if packed.exists() and not sound:
-            raise Problem(f"{packed} is damaged: replace it, or delete it to have it downloaded again")
-        if sound and unpacked.exists() and gzip.decompress(packed.read_bytes()) != unpacked.read_bytes():
-            raise Problem(f"{unpacked} is damaged: delete it, and it is unpacked again")
-    if not failure:
-        return source.__name__, [train.data, train.targets], [test.data, test.targets]
-    files, reason = ", ".join(file for file, md5 in source.resources), " ".join(str(failure).split())
-    missing = (f"{source.__name__} is not on disk, or not whole, and cannot be downloaded ({reason}): "
-               f"put {files} into {packed.parent}, or choose --dataset drawn")
-    if name:
-        raise Problem(missing) from failure
-    warning = f"WARNING: {missing}\nThis run goes on with DRAWN digits, which say nothing about MNIST."
-    print("!" * 100, warning, "!" * 100, sep="\n", file=sys.stderr)
-    return load_digits("drawn", data_dir)
+        if packed.exists() and not torchvision.datasets.utils.check_integrity(packed, md5):
+            raise Problem(f"{packed} is damaged: replace it, or delete it to download it again")
+        if packed.exists() and unpacked.exists():
+            if gzip.decompress(packed.read_bytes()) != unpacked.read_bytes():
+                raise Problem(f"{unpacked} is damaged: delete it, and it is unpacked again")
 
+def find_digits(name: str | None, data_dir: str) -> tuple[Digits, Digits]:
+    """A data set's training and test digits, from disk or else from the network. No name means
+    MNIST, or failing that drawn digits and a warning. Raises Problem."""
+    if name == "drawn":
+        return draw_digits(10_000, seed=0), draw_digits(2_000, seed=1)
+    source = getattr(torchvision.datasets, name or "MNIST")
+    folder = Path(data_dir, source.__name__, "raw")
+    check_files(source, folder)
+    socket.setdefaulttimeout(30)  # seconds to wait for an answer
+    try:
+        train = source(data_dir, train=True, download=True)
+        test = source(data_dir, train=False, download=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        files = ", ".join(file for file, md5 in source.resources)
+        missing = (f"{source.__name__} is not on disk, or not whole, and cannot be downloaded "
+                   f"({' '.join(str(error).split())}): put {files} into {folder}, or choose "
+                   "--dataset drawn")
+        if name:
+            raise Problem(missing) from error
+        print(f"{'!' * 99}\nWARNING: {missing}\nThis run goes on with DRAWN digits, which say "
+              f"nothing about MNIST.\n{'!' * 99}", file=sys.stderr)
+        return find_digits("drawn", data_dir)
+    name = source.__name__
+    return Digits(name, train.data, train.targets), Digits(name, test.data, test.targets)
 
-# ---- 3. training -------------------------------------------------------------------------------------------
-@dataclass(kw_only=True)
-class Recipe:
-    """A model and its training; each field is an option. Raises Problem for a value that makes no sense."""
+def load_digits(recipe: Recipe) -> tuple[Digits, Digits]:
+    """The digits to train on, and those to test on: with --validate the last 5,000 of training."""
+    found = [recipe.dataset]
+    if RANK == 0:
+        digits, test_digits = find_digits(recipe.dataset, recipe.data_dir)
+        found = [digits.name]
+    if RANKS > 1:
+        torch.distributed.init_process_group()
+        torch.distributed.broadcast_object_list(found)  # the others wait for the first process
+    if RANK > 0:
+        digits, test_digits = find_digits(found[0], recipe.data_dir)
+    if recipe.validate:
+        test_digits = Digits(digits.name, digits.images[-5000:], digits.labels[-5000:])
+        digits = Digits(digits.name, digits.images[:-5000], digits.labels[:-5000])
+    if recipe.batch_size % RANKS or recipe.batch_size > len(digits.images):
+        raise Problem(f"--batch-size {recipe.batch_size} does not fit: choose a multiple of "
+                      f"{RANKS}, up to {len(digits.images)}")
+    return digits, test_digits
 
-    small: Annotated[bool, "the small model, on patches, for a CPU"] = False
-    layers: Annotated[int, 1, 1000, "layers of the model"]
-    heads: Annotated[int, 1, "attention heads of a layer"]
-    dim: Annotated[int, 1, 100_000, "width of a token; a flat image is 784 wide"]
-    patch_size: Annotated[int, 1, "side of a patch in pixels; 28 is the flat image"]
-    overlap: Annotated[int, 0, 28, "pixels around a patch that it also sees, as do its neighbours"] = 0
-    dropout: Annotated[float, 0, 1, "share of what a block adds that training sets to 0"] = 0.0
-    input_dropout: Annotated[float, 0, 1, "share of patches left out, or pixels made grey, in training"] = 0.0
-    adversarial: Annotated[float, 0, "learn each digit changed for the worst, too (1: by one pixel)"] = 0.0
-    reach: Annotated[int, 0, 28, "pixels: answer with the mean over a digit moved by up to so many"] = 0
-    epochs: Annotated[int, 0, "how often the model sees each training digit; 0 --resume only evaluates"]
-    batch_size: Annotated[int, 1, "digits in a training step"]
-    lr: Annotated[float, 0, "the highest learning rate"]
-    weight_decay: Annotated[float, 0, "weight decay, on matrices only"]
-    muon: Annotated[bool | None, "Muon in place of AdamW, for the matrices"] = False
-    seed: Annotated[int, 0, "what everything random follows from"] = 0
-    seeds: Annotated[int, 1, "train this often, with the seeds seed, seed + 1, ..."] = 1
-    out: Annotated[str, "folder for the runs, in <script>-<dataset>[-small][-validate]-seed<N>"] = "runs"
-    resume: Annotated[bool, "go on from the run's checkpoint"] = False
-    predict: Annotated[list[str] | None, "pictures of digits, for the run's model to read"] = None
-    validate: Annotated[bool, "hold out the last 5,000 training digits, and test on them"] = False
-    dataset: Annotated[str | None, f"{', '.join(DATASETS)} (default MNIST, else drawn)"] = None
-    data_dir: Annotated[str | None, "folder of the data sets (default data, beside the scripts)"] = None
-    workers: Annotated[int | None, 0, "processes that augment (default up to 4; none on a CPU)"] = None
-    device: Annotated[str | None, "cpu, cuda, mps, ... (default the fastest there is)"] = None
-    compile: Annotated[bool | None, "torch.compile the blocks (default on Linux with CUDA)"] = None
+@lru_cache(maxsize=1)
+def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The numbers below `count` in an order that follows from seed and epoch, in whole batches."""
+    order = torch.randperm(count, generator=generator(seed, epoch))
+    batches = order.split(batch_size)[: count // batch_size]
+    return [batch[RANK::RANKS] for batch in batches]  # each process has its share
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, (*bounds, _) = getattr(self, field.name), field.type.__metadata__  # [], [low], [low, high]
-            if bounds and value is not None and not bounds[0] <= value < [*bounds, math.inf][1]:
-                name, limits = field.name.replace("_", "-"), " to below ".join(map(str, bounds))
-                raise Problem(f"--{name} {value} fails: choose a number from {limits}")
+def plain_batches(digits: Digits, recipe: Recipe, first_epoch: int) -> Iterator:
+    """Batches of images and labels, epoch after epoch. All digits lie on the device (47 MB)."""
+    images, labels = digits.images.to(recipe.device), digits.labels.to(recipe.device)
+    for epoch in range(first_epoch, recipe.epochs):
+        for index in shuffled_batches(len(images), recipe.batch_size, recipe.seed, epoch):
+            index = index.to(recipe.device)
+            yield images[index], labels[index]
 
-    def sizes(self) -> dict:
-        """What a model is made from."""
-        names = ("layers", "heads", "dim", "patch_size", "overlap", "dropout", "input_dropout")
-        return {name: getattr(self, name) for name in names}
+# ---- 3. training --------------------------------------------------------------------------------
 
+def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model on its device, compiled if that pays, and bound to its copies on other GPUs."""
+    def average(parameter: nn.Parameter) -> None:
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= RANKS
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Grows over the first tenth of the steps, then falls along half a cosine."""
-    warmup = max(1, steps // 10)
-    falling = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)) / 2 + 0.5
-    return peak * min((step + 1) / warmup, falling)
-
-
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101), or for matrices Muon (Jordan et al., 2024): a step
-    of one length in all directions of a matrix, about that of AdamW's. Only matrices decay."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    if recipe.muon:
-        first = torch.optim.Muon(matrices, recipe.lr, recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-    else:
-        first = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return [first, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
-
+    model.to(recipe.device)
+    for block in model.modules():
+        if recipe.compile and isinstance(block, Block):
+            block.compile()  # they are alike: what is compiled once serves all
+    for parameter in model.parameters():
+        if RANKS > 1:  # each process sees its share of a batch: all take the mean gradient
+            parameter.register_post_accumulate_grad_hook(average)
+    return model
 
 def mixed_precision(device: str) -> torch.autocast:
     """bfloat16 on a GPU that is made for it; float32 elsewhere."""
     fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Grows over the first tenth of all steps, then falls along half a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-def train_epoch(model: nn.Module, batches: Iterator, steps: int, optimizers: list[torch.optim.Optimizer],
-                recipe: Recipe, epoch: int) -> Tensor:
-    """Learns from `steps` batches; returns mean loss and share of right answers. Raises Problem on NaN."""
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Matrices (count, rows, columns) with the same singular vectors, and singular values near 1.
+    Each of five Newton-Schulz steps puts a singular value s through a*s + b*s^3 + c*s^5, which
+    lifts the small ones most. It takes matrix products only."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # the products below are then small
+    x = x.bfloat16() if x.is_cuda else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
+
+class Muon(torch.optim.Optimizer):
+    """A step of the same length in all directions of a matrix (Jordan et al., 2024,
+    kellerjordan.github.io/posts/muon).
+
+    A gradient is often long in a few directions and short in the rest. Made orthogonal, it teaches
+    the rare ones as fast. The step is about as long as AdamW's, so that its learning rates fit (Liu
+    et al., 2025, arXiv 2502.16982). torch.optim.Muon does the same, one matrix after the other."""
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        lr, weight_decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        by_shape = defaultdict(list)
+        for matrix in self.param_groups[0]["params"]:
+            by_shape[matrix.shape].append(matrix)
+        for shape, matrices in by_shape.items():  # all of one shape in one batch
+            gradients = torch.stack([matrix.grad for matrix in matrices])
+            state = self.state[matrices[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(gradients))
+            momentum.lerp_(gradients, 0.05)  # the mean over the last twenty steps or so
+            steps = orthogonalise(gradients.lerp(momentum, 0.95)) * 0.2 * math.sqrt(max(shape))
+            for matrix, step in zip(matrices, steps):
+                matrix.mul_(1 - lr * weight_decay).sub_(step, alpha=lr)
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon or AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) for matrices; for the rest AdamW
+    without weight decay."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    if recipe.muon:
+        first = Muon(matrices, recipe.lr, recipe.weight_decay)
+    else:
+        first = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return [first, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
+
+def learn_worst_neighbours(model: nn.Module, images: Tensor, labels: Tensor, size: float) -> None:
+    """Adds the gradients of images that are changed in the way that raises their loss most: along
+    its gradient (Goodfellow et al., 2014, arXiv 1412.6572). A change of size 1 is as long as one
+    pixel from black to white, 1 / 0.3081 when normalised."""
+    change = F.normalize(images.grad.flatten(1)).view_as(images) * size / 0.3081
+    with mixed_precision(images.device.type):
+        loss = F.cross_entropy(model(images.detach() + change), labels)
+    loss.backward()
+
+def progress_bar(steps: int, epoch: int, batch_size: int) -> tqdm:
+    """Counts steps on stderr: many times a second on a terminal, every ten seconds in a file."""
+    silent = RANK > 0 or sys.stderr is None or os.environ.get("TQDM_DISABLE", "0") != "0"
+    seconds = 0.1 if not silent and sys.stderr.isatty() else 10.0
+    return tqdm(range(steps), f"epoch {epoch + 1}", leave=False, unit=" images",
+                unit_scale=batch_size, disable=silent, mininterval=seconds, maxinterval=seconds)
+
+def check_finite(gradient_norms: Tensor, epoch: int) -> None:
+    """Raises Problem for the first step of an epoch whose gradient was no number."""
+    bad = (~gradient_norms.isfinite()).nonzero()
+    if len(bad):
+        number = epoch * len(gradient_norms) + bad[0].item() + 1
+        raise Problem(f"the loss is no longer a number in step {number}: choose a lower --lr")
+
+def train_epoch(model: nn.Module, batches: Iterator, steps: int,
+                optimizers: list[torch.optim.Optimizer], recipe: Recipe,
+                epoch: int) -> tuple[float, float]:
+    """Learns from the next `steps` batches. Returns mean loss and the share of right answers."""
     model.train()
-    pinned, read_at, total = recipe.device.startswith("cuda"), 0.0, recipe.epochs * steps
-    losses, right = torch.zeros(steps, device=recipe.device), torch.zeros((), device=recipe.device)
-    bar = tqdm(itertools.islice(batches, steps), desc=f"epoch {epoch + 1}", total=steps, leave=False,
-               unit=" images", unit_scale=recipe.batch_size, disable=RANK > 0)
-    for step, (images, labels) in enumerate(bar):
-        images, labels = (part.to(recipe.device, non_blocking=pinned) for part in (images, labels))
+    torch.manual_seed(seed_from(recipe.seed, epoch, RANK))  # for dropout and patches left out
+    losses, right, gradient_norms = torch.zeros(3, steps, device=recipe.device)
+    bar = progress_bar(steps, epoch, recipe.batch_size)
+    for step in bar:
+        images, labels = next(batches)
+        images = images.to(recipe.device, non_blocking=images.is_pinned())
+        labels = labels.to(recipe.device, non_blocking=labels.is_pinned())
+
         images = normalise(images).requires_grad_(recipe.adversarial > 0)
         with mixed_precision(recipe.device):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
-        if recipe.adversarial:  # (Goodfellow et al., 2014) 0.3081: the unit is a pixel from black to white
-            move = F.normalize(images.grad.flatten(1)).view_as(images) * recipe.adversarial / 0.3081
-            with mixed_precision(recipe.device):
-                F.cross_entropy(model(images.detach() + move), labels).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if recipe.adversarial:
+            learn_worst_neighbours(model, images, labels, recipe.adversarial)
+        gradient_norms[step] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(epoch * steps + step, total, recipe.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(
+                epoch * steps + step, recipe.epochs * steps, recipe.lr)
             optimizer.step()
             optimizer.zero_grad()
-        losses[step] = loss.detach() + 0 * norm  # NaN where a gradient is not finite
-        right += (logits.argmax(dim=1) == labels).sum()
-        if time.perf_counter() - read_at > 0.5 or step == steps - 1:  # rarely: reading waits for the GPU
-            read_at = time.perf_counter()
-            bar.set_postfix(loss=f"{losses[step]:.3f}")
-            if not losses.isfinite().all():
-                number = epoch * steps + losses.isfinite().int().argmin().item() + 1
-                raise Problem(f"the loss is no longer a number in step {number}: choose a lower --lr")
-    return torch.stack([losses.mean(), right / steps / (recipe.batch_size // RANKS)])
 
+        losses[step] = loss.detach()
+        right[step] = (logits.argmax(dim=1) == labels).sum()
+        if step % 20 == 0 or step == steps - 1:  # seldom: to read a number is to wait for the GPU
+            check_finite(gradient_norms, epoch)
+            bar.set_postfix_str(f"loss={losses[step]:.3f}", refresh=False)
+    means = torch.stack([losses.mean(), right.sum() / steps / len(labels)])
+    if RANKS > 1:
+        torch.distributed.all_reduce(means)
+    loss, accuracy = (means / RANKS).tolist()
+    return loss, accuracy
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
-    """Mean probabilities (B, 10) on the CPU of images (B, 28, 28) rolled up to `reach` pixels; no dropout."""
+    """Probabilities (B, 10), on the CPU, of images (B, 28, 28): the mean over all looks at an image
+    that is moved by up to `reach` pixels, down and to the right."""
     model.eval()
-    looks = (images.roll(move, (1, 2)) for move in itertools.product(range(-reach, reach + 1), repeat=2))
-    with mixed_precision(device):
-        logits = [torch.cat([model(normalise(x.to(device))) for x in look.split(500)]) for look in looks]
-    return torch.stack(logits).float().softmax(dim=2).mean(dim=0).cpu()
+    moves = list(itertools.product(range(-reach, reach + 1), repeat=2))
+    total = torch.zeros(len(images), 10)
+    for move in moves:
+        look = images.roll(move, dims=(1, 2))
+        with mixed_precision(device):
+            logits = [model(normalise(batch.to(device))) for batch in look.split(500)]
+        total += torch.cat(logits).float().softmax(dim=1).cpu()
+    return total / len(moves)
 
+# ---- 4. runs: folder, checkpoint, resume --------------------------------------------------------
 
-def write(path: Path, put: Callable) -> None:
-    """Writes a file, in the first process only. It is renamed when whole: `path` never names half a file."""
-    if RANK == 0:
-        with open(path.with_suffix(".part"), "wb") as file:
-            put(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(path)
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, named so only when it is whole: a run may be stopped at any moment."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
-
-def load(out: Path, expected: dict) -> dict:
-    """A run's checkpoint. Raises Problem where there is none, it is damaged, or other options made it."""
-    path = out / "checkpoint.pt"
+def load_checkpoint(folder: Path, expected: dict) -> dict:
+    """A run's checkpoint. Raises Problem if there is none, it is damaged, or of other options."""
+    path = folder / "checkpoint.pt"
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises a dozen kinds
-        raise Problem(f"{path} is no checkpoint ({type(error).__name__}): train it first, without --resume")
-    other = {name: value for name, value in expected.items() if state.get(name, 0) != value}
+    except FileNotFoundError:
+        words = [word for word in sys.argv if word not in ("--evaluate", "--resume")]
+        command = shlex.join(itertools.takewhile(lambda word: word != "--predict", words))
+        raise Problem(f"{folder} holds no trained model: first run python {command}") from None
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError):
+        raise Problem(f"{path} is damaged: train again, without --resume") from None
+    other = {name: value for name, value in expected.items() if state.get(name) != value}
     if other:
-        raise Problem(f"{path} was not made with {other}: give its own options, or choose another --out")
+        raise Problem(f"{path} was not made with {other}: give its own options, or another --out")
     return state
 
+class Run:
+    """A training with one seed: its folder, its log, and the checkpoint that it goes on from."""
 
-def train(model: nn.Module, batches: Callable, steps: int, recipe: Recipe, out: Path) -> None:
-    """Trains all epochs of `steps` batches: writes the options, learns, saves a checkpoint, prints a line."""
-    optimizers, first, log, signals = make_optimizers(model, recipe), 0, ["epoch,loss,accuracy,seconds"], []
-    names = ("adversarial", "muon", "epochs", "batch_size", "lr", "weight_decay") if recipe.epochs else ()
-    made_by = {"run": out.name, **recipe.sizes(), **{name: getattr(recipe, name) for name in names}}
-    if recipe.resume and (not recipe.epochs or (out / "checkpoint.pt").exists()):
-        state = load(out, made_by)
-        first, log = state["epoch"], state["log"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers if recipe.epochs else (), state["optimizers"]):
-            optimizer.load_state_dict(saved)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    stream = itertools.takewhile(lambda batch: not signals, batches(first))  # workers start, deaf to signals
-    for number in before:  # a run ends between two steps, never within one
-        signal.signal(number, lambda number, frame: signals.append(number))
-    learner = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages gradients
-    for epoch in range(first, recipe.epochs):
-        write(out / "options.json", lambda file: file.write(json.dumps(asdict(recipe), indent=2).encode()))
-        start = time.perf_counter()
-        torch.manual_seed(hash((recipe.seed, epoch, RANK)) % 2**32)  # for dropout, patches left out
-        means = train_epoch(learner, stream, steps, optimizers, recipe, epoch)
-        if signals:
-            break
-        if RANKS > 1:
-            torch.distributed.all_reduce(means)
-        loss, share = (means / RANKS).tolist()
-        log.append(f"{epoch + 1},{loss!r},{share!r},{time.perf_counter() - start:.1f}")
-        state = {**made_by, "epoch": epoch + 1, "log": log, "model": model.state_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        write(out / "log.csv", lambda file: file.write("\n".join([*log, ""]).encode()))
-        write(out / "checkpoint.pt", lambda file: torch.save(state, file))
-        print(f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, {share:.2%} of the {recipe.dataset} "
-              f"training digits right, {time.perf_counter() - start:.1f} s", flush=True)
-    for number in before:
-        signal.signal(number, before[number])
-    if signals:
-        raise KeyboardInterrupt(signals[0])
+    def __init__(self, recipe: Recipe, model: nn.Module, digits: Digits) -> None:
+        self.recipe, self.data_set = recipe, digits.name
+        self.folder = recipe.folder(digits.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log: list[list[float]] = []  # of each epoch: loss, accuracy, seconds
+        self.started = time.perf_counter()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        steps = len(digits.images) // recipe.batch_size
+        print(f"{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}: {parameters:,} parameters, "
+              f"{recipe.device}, {len(digits.images):,} {digits.name} digits, {recipe.epochs} epochs "
+              f"of {steps} steps, seed {recipe.seed}", flush=True)
+        if recipe.device == "cpu" and not recipe.small:
+            print("full size takes a CPU hours: --small takes it minutes", flush=True)
 
+    def load(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+        """The epoch to begin with: 0, unless --resume or --evaluate takes up an earlier run."""
+        recipe = self.recipe
+        made_by = {"run": self.folder.name, **recipe.sizes()}
+        if recipe.evaluate:
+            model.load_state_dict(load_checkpoint(self.folder, made_by)["model"])
+            return recipe.epochs
+        if recipe.resume and (self.folder / "checkpoint.pt").exists():
+            state = load_checkpoint(self.folder, {**made_by, **recipe.training()})
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            self.log = state["log"]
+        return len(self.log)
 
-# ---- 4. pictures and the command line ----------------------------------------------------------------------
-def sheet(path: Path, images: Tensor, captions: list[str], columns: int) -> None:
-    """Writes bytes (B, height, width) or, in colour, (B, height, width, 3) as one PNG, with captions."""
-    page = Image.new("RGB", (120 * columns, 140 * max(1, math.ceil(len(images) / columns))), "white")
-    for number, (image, caption) in enumerate(zip(images, captions)):
-        y, x = 140 * (number // columns), 120 * (number % columns)
-        page.paste(Image.fromarray(image.numpy()).resize((112, 112), Image.NEAREST), (x + 4, y + 24))
-        ImageDraw.Draw(page).text((x + 60, y + 12), caption, 0, ImageFont.load_default(14), "mm")
-    write(path, lambda file: page.save(file, "PNG"))
+    def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: float,
+             accuracy: float) -> None:
+        """Ends an epoch: writes log.csv, curve.png, options.json and checkpoint.pt, and prints."""
+        if RANK > 0:
+            return
+        recipe, seconds = self.recipe, time.perf_counter() - self.started
+        self.log.append([loss, accuracy, seconds])
+        rows = [f"{epoch},{l},{a},{s:.1f}" for epoch, (l, a, s) in enumerate(self.log, start=1)]
+        try:
+            with whole_file(self.folder / "log.csv") as file:
+                file.write("\n".join(["epoch,loss,accuracy,seconds", *rows, ""]).encode())
+        except PermissionError as error:  # on Windows, a program that shows the file
+            print(f"{error}: it is written again after the next epoch", file=sys.stderr)
+        with whole_file(self.folder / "options.json") as file:
+            file.write(json.dumps(asdict(recipe), indent=2).encode())
+        with whole_file(self.folder / "checkpoint.pt") as file:
+            torch.save({"run": self.folder.name, **recipe.sizes(), **recipe.training(),
+                        "log": self.log, "model": model.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
+        draw_curve(self.folder / "curve.png", self.log)
+        left = (recipe.epochs - len(self.log)) * seconds / 60
+        print(f"epoch {len(self.log)} of {recipe.epochs}: loss {loss:.4f}, {accuracy:.2%} of the "
+              f"{self.data_set} training digits right, {seconds:.1f} s, {left:.0f} minutes left",
+              flush=True)
+        self.started = time.perf_counter()
 
+    def test(self, model: nn.Module, digits: Digits) -> float:
+        """Prints ten answers and the accuracy, which it returns; draws mistakes.png."""
+        probabilities = predict(model, digits.images, self.recipe.device, self.recipe.reach)
+        answers = probabilities.argmax(dim=1)
+        kind = "validation" if self.recipe.validate else "test"
+        print(f"\nten {digits.name} {kind} digits, and the model's three most probable answers:")
+        for label, answer, row in zip(digits.labels[:10], answers, probabilities):
+            print(f"  {label}:   {three_best(row)}{'' if answer == label else '   wrong'}")
+        wrong = (answers != digits.labels).nonzero().flatten()
+        total, right = len(answers), len(answers) - len(wrong)
+        print(f"\n{kind} accuracy: {right / total:.2%} ({right} of {total} {digits.name} {kind} "
+              "digits)", flush=True)
+        captions = [f"{digits.labels[number]}, not {answers[number]}" for number in wrong]
+        draw_sheet(self.folder / "mistakes.png", digits.images[wrong][:40], captions, columns=8)
+        return right / total
+
+def print_mean(accuracies: list[float]) -> None:
+    """With --seeds: mean and standard deviation."""
+    if len(accuracies) > 1:
+        deviation, mean = torch.std_mean(torch.tensor(accuracies, dtype=torch.float64))
+        print(f"mean accuracy: {mean:.3%} +- {deviation:.3%} ({len(accuracies)} seeds)")
+
+# ---- 5. pictures, drawn and read ----------------------------------------------------------------
+
+@contextmanager
+def picture(path: Path, width: int, height: int) -> Iterator[Image.Image]:
+    """A white page to draw on, saved as PNG. What goes wrong is told, and costs no training."""
+    try:
+        page = Image.new("RGB", (width, height), "white")
+        yield page
+        if RANK == 0:
+            with whole_file(path) as file:
+                page.save(file, "PNG")
+    except Exception as error:
+        print(f"{path} was not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+
+def draw_sheet(path: Path, images: Tensor, captions: list[str], columns: int) -> None:
+    """Draws images, bytes (B, height, width) or in colour (B, height, width, 3), with captions."""
+    rows = max(1, math.ceil(len(images) / columns))
+    with picture(path, 120 * columns, 140 * rows) as page:
+        font = ImageFont.load_default(14)
+        for number, (image, caption) in enumerate(zip(images, captions)):
+            x, y = 120 * (number % columns), 140 * (number // columns)
+            tile = Image.fromarray(image.numpy()).resize((112, 112), Image.Resampling.NEAREST)
+            page.paste(tile, (x + 4, y + 24))
+            ImageDraw.Draw(page).text((x + 60, y + 12), caption, "black", font, anchor="mm")
+
+def draw_curve(path: Path, log: list[list[float]]) -> None:
+    """Draws loss and accuracy in training, epoch by epoch."""
+    with picture(path, 840, 300) as page:
+        pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+        for column, (title, left) in enumerate([("training loss", 80), ("accuracy", 500)]):
+            values = [row[column] for row in log]
+            low, high = min(values), max(values)
+            across = [left + 300 * n / max(1, len(values) - 1) for n in range(len(values))]
+            down = [250 - 200 * (value - low) / max(1e-9, high - low) for value in values]
+            pen.rectangle((left, 50, left + 300, 250), outline="gray")
+            pen.line(list(zip(across, down)), "darkorange", width=3)
+            for x, y, text in ((left + 150, 25, title), (left - 35, 50, f"{high:.3f}"),
+                               (left - 35, 250, f"{low:.3f}"), (left, 270, "epoch 1"),
+                               (left + 300, 270, str(len(values)))):
+                pen.text((x, y), text, "black", font, anchor="mm")
+
+@torch.no_grad()
+def draw_attention(path: Path, model: nn.Module, image: Tensor, recipe: Recipe) -> None:
+    """Draws the weights with which the model sees an image, bytes (28, 28): a row for each of its
+    attentions, a column for each head, each head's largest weight in full orange. On patches: what
+    the class token takes from each of them. Flat: all d x d weights, a row for each query."""
+    weights = []
+
+    def keep(attention: Attention, inputs: tuple[Tensor, Tensor]) -> None:
+        weights.append(attention.weights(*inputs)[0].float().cpu())  # (H, N, N) or (H, d, d)
+
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    with torch.compiler.set_stance("force_eager"):
+        predict(model, image[None], recipe.device)
+    for hook in hooks:
+        hook.remove()
+    shares, ink = torch.cat(weights), torch.zeros(1, 1)
+    if recipe.patch_size < 28:
+        shares = shares[:, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
+        shares, ink = F.interpolate(shares[None], (28, 28))[0], image / 255
+    shares = (shares / shares.amax(dim=(1, 2), keepdim=True)).unsqueeze(-1)
+    paper = 1 - shares * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
+    names = [f"no. {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
+    draw_sheet(path, (255 * paper * (1 - ink.unsqueeze(-1))).byte(), names, columns=recipe.heads)
 
 def three_best(row: Tensor) -> str:
     """The three most probable digits, and how probable they are."""
-    return "   ".join(f"{i} {p:6.1%}" for p, i in zip(*(best.tolist() for best in row.topk(3))))
+    best = row.topk(3)
+    return "   ".join(f"{digit} {p:6.1%}" for p, digit in zip(best.values, best.indices))
 
+# PREPARE
 
-def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
-    """The recipe that the command line asks for."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [--small] [options]", description=about,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Recipe):
-        name, kind, meaning = field.name, field.type.__origin__, field.type.__metadata__[-1]
-        how = {"type": [*get_args(kind), kind][0], "metavar": "X", "choices": {"dataset": DATASETS}.get(name)}
-        if how["type"] == list[str]:
-            how = {"nargs": "+", "metavar": "X"}
-        elif how["type"] is bool:
-            how = {"action": argparse.BooleanOptionalAction if kind == bool | None else "store_true"}
-        elif getattr(full, name) is not None:
-            meaning += f" (default {getattr(full, name)}; small {getattr(small, name)})"
-        parser.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
-    given = vars(parser.parse_args())
-    return replace(small if "small" in given else full, **given)
+def read_pictures(model: nn.Module, recipe: Recipe) -> None:
+    """--predict: the three most probable digits for each picture, and what the model saw of it."""
+    folder = recipe.folder(recipe.dataset or "MNIST")
+    if not recipe.dataset and not folder.exists() and recipe.folder("drawn").exists():
+        folder = recipe.folder("drawn")
+        print("This model has learned from drawn digits: it knows no handwriting.")
+    state = load_checkpoint(folder, {"run": folder.name, **recipe.sizes()})
+    model.load_state_dict(state["model"])
+    model.to(recipe.device)
+    paths, problems = [], []
+    for path in map(Path, recipe.predict):
+        paths += sorted(path.iterdir()) if path.is_dir() else [path]
+    for path in paths:
+        try:
+            image = prepare(path)
+        except Problem as problem:
+            problems.append(str(problem))
+            continue
+        row = predict(model, image[None], recipe.device, recipe.reach)[0]
+        print(f"\n{path}:   {three_best(row)}")
+        for line in image.tolist():  # two letters a pixel: together about as wide as high
+            print("".join(" .:-=+*#%@"[value * 9 // 255] * 2 for value in line).rstrip())
+        draw_attention(folder / f"attention-{path.stem}.png", model, image, recipe)
+    if problems:
+        raise Problem("\n".join(problems))
 
+# ---- 6. the command line ------------------------------------------------------------------------
+
+def option(meaning: str, kind: type, default: object = MISSING, least: float = -math.inf,
+           below: float = math.inf) -> object:
+    """A field of Recipe; where it has no default, each script's FULL and SMALL give its value."""
+    return field(default=default, metadata={"meaning": meaning, "kind": kind, "least": least,
+                                            "below": below})
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A model, its training and a run: each field is an option of the command line. Raises Problem
+    for a number that makes no sense."""
+
+    small: bool = option("the small model, on patches, for a CPU", bool, False)
+    layers: int = option("layers of the model", int, least=1, below=1000)
+    heads: int = option("attention heads of a layer", int, least=1)
+    dim: int = option("width of a token; a flat image is 784 wide", int, least=1, below=100_000)
+    patch_size: int = option("side of a patch in pixels; 28 is the flat image", int, least=1)
+    overlap: int = option("pixels around a patch that it also sees", int, 0, 0, 28)
+    dropout: float = option("share of what a block adds that is set to 0", float, 0.0, 0, 1)
+    input_dropout: float = option("share of patches left out, or pixels greyed", float, 0.0, 0, 1)
+
+    epochs: int = option("how often the model sees each training digit", int, least=0)
+    batch_size: int = option("digits in a training step", int, least=1)
+    lr: float = option("the highest learning rate", float, least=0)
+    weight_decay: float = option("weight decay, of matrices only", float, least=0)
+    muon: bool = option("Muon in place of AdamW, for matrices", bool, False)
+    adversarial: float = option("learn digits changed for the worst, too", float, 0.0, 0)
+    seed: int = option("what everything random follows from", int, 0, 0, 2**32)
+    seeds: int = option("train so often, with seed, seed + 1, ...", int, 1, 1)
+    validate: bool = option("hold out 5,000 training digits, and test on them", bool, False)
+    dataset: str | None = option("MNIST, FashionMNIST, KMNIST or drawn", str, None)
+
+    reach: int = option("answer with the mean of looks moved by up to X pixels", int, 0, 0, 28)
+    resume: bool = option("go on from the checkpoint of a stopped run", bool, False)
+    evaluate: bool = option("only test what an earlier run has trained", bool, False)
+    predict: list[str] | None = option("pictures to read with an earlier run's model", list, None)
+    out: str = option("folder of the runs", str, "runs")
+    data_dir: str = option("folder of the data sets", str, str(Path(__file__).parent / "data"))
+    workers: int | None = option("processes that augment", int, None, 0)
+    device: str | None = option("cpu, cuda, mps, ...", str, None)
+    compile: bool | None = option("torch.compile the blocks", bool, None)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, limits = getattr(self, each.name), each.metadata
+            if isinstance(value, (int, float)) and not limits["least"] <= value < limits["below"]:
+                name = each.name.replace("_", "-")
+                raise Problem(f"--{name} {value} makes no sense: choose a number from "
+                              f"{limits['least']} to below {limits['below']}")
+
+    def sizes(self) -> dict:
+        """What a model is made from."""
+        names = "layers", "heads", "dim", "patch_size", "overlap", "dropout", "input_dropout"
+        return {name: getattr(self, name) for name in names}
+
+    def training(self) -> dict:
+        """What its training follows from, besides digits and seed."""
+        names = "epochs", "batch_size", "lr", "weight_decay", "muon", "adversarial"
+        return {name: getattr(self, name) for name in names}
+
+    def folder(self, data_set: str) -> Path:
+        """The folder of a run on this data set."""
+        small, validate = "-small" if self.small else "", "-validate" if self.validate else ""
+        script = Path(sys.argv[0]).stem
+        return Path(self.out, f"{script}-{data_set}{small}{validate}-seed{self.seed}")
+
+    def each_seed(self) -> Iterator[Recipe]:
+        """The recipe with each of its seeds, from which torch's random numbers then follow."""
+        for seed in range(self.seed, self.seed + self.seeds):
+            torch.manual_seed(seed)
+            yield replace(self, seed=seed)
+
+HEADINGS = {"small": "model", "epochs": "training", "reach": "run"}  # above these options
 
 def choose_device(name: str | None) -> str:
-    """The device asked for, or the fastest there is. Raises Problem when it is not available."""
-    try:  # current_accelerator is None where there is but a CPU
-        if "LOCAL_RANK" in os.environ and name != "cpu" and torch.accelerator.is_available():  # a GPU each
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        return str(torch.zeros(1, device=name or torch.accelerator.current_accelerator(True)).device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise Problem(f"--device {name or '(default)'} does not work here: choose another, or cpu") from error
-
-
-def experiment(script: str, build: Callable, recipe: Recipe, batches: Callable,
-               read: Callable, shows: tuple[Callable, ...]) -> None:
-    """From the first line to the last: trains the recipe's model, once a seed, and prints its accuracy."""
-    device = choose_device(recipe.device)
+    """The device asked for, or the fastest there is. Raises Problem when it does not work."""
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build(**recipe.sizes()).parameters())
-    digits = None if RANK else load_digits("drawn" if recipe.predict else recipe.dataset, recipe.data_dir)
-    found = [digits and digits[0]]
-    if RANKS > 1:  # the first process has fetched the digits: the others wait, and take the same
-        torch.distributed.init_process_group()
-        torch.distributed.broadcast_object_list(found)
-    name, (images, labels), (test_images, test_labels) = digits or load_digits(found[0], recipe.data_dir)
-    name = recipe.dataset or "MNIST" if recipe.predict else name  # (--predict needs no digits)
-    kind, tail = ("validation", "-validate") if recipe.validate else ("test", "")
-    if recipe.validate:
-        (images, test_images), (labels, test_labels) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
-    steps, total, what = len(images) // recipe.batch_size, len(test_images), f"{name} {kind} digits"
-    if (steps == 0 or recipe.batch_size % RANKS) and not recipe.predict:
-        raise Problem(f"--batch-size {recipe.batch_size}: choose a multiple of {RANKS}, up to {len(images)}")
-    workers = min(4, os.cpu_count() or 1) * (device != "cpu") if recipe.workers is None else recipe.workers
-    recipe = replace(recipe, dataset=name, device=device, workers=workers)
-    print(f"{script}: {parameters:,} parameters, {device}, {name}, {recipe}", flush=True)
-    if device == "cpu" and recipe.patch_size == 28 and recipe.epochs and not recipe.predict:  # at 1e11 FLOP/s
-        flops = 6 * parameters * len(images) * (2 if recipe.adversarial else 1)
-        print(f"about {flops / 6e12:.0f} minutes an epoch; see --small", flush=True)
-    accuracies = []
-    for recipe in [replace(recipe, seed=recipe.seed + more) for more in range(recipe.seeds)]:
-        torch.manual_seed(recipe.seed % 2**32)
-        model = build(**recipe.sizes()).to(device)
-        out = Path(recipe.out, f"{Path(script).stem}-{name}{'-small' * recipe.small}{tail}-seed{recipe.seed}")
-        if recipe.predict:
-            model.load_state_dict(load(out, {"run": out.name, **recipe.sizes()})["model"])
-            return read(model, recipe)
-        out.mkdir(parents=True, exist_ok=True)
-        if recipe.compile or (recipe.compile is None and device[:4] == "cuda" and sys.platform == "linux"):
-            model.apply(lambda module: isinstance(module, Block) and module.compile())  # alike: compiled once
-        train(model, lambda first: batches(images, labels, recipe, first), steps, recipe, out)
-        probabilities = predict(model, test_images, device, recipe.reach)
-        answers = probabilities.argmax(dim=1)
-        wrong = (answers != test_labels).nonzero().flatten()
-        captions = [f"{label}, not {answer}" for label, answer in zip(test_labels[wrong], answers[wrong])]
-        sheet(out / "mistakes.png", test_images[wrong][:40], captions, columns=8)
-        for show in shows:
-            show(out, model, images, test_images, recipe)
-        accuracies.append(1 - len(wrong) / total)
-        print(f"\nten {what}, and the model's three most probable answers:")
-        for label, answer, row in zip(test_labels[:10], answers, probabilities):
-            print(f"  {label}:   {three_best(row)}" + "   wrong" * (answer != label).item())
-        print(f"\n{kind} accuracy: {accuracies[-1]:.2%} ({total - len(wrong)} of {total} {what})", flush=True)
-    if recipe.seeds > 1:
-        deviation, mean = torch.std_mean(torch.tensor(accuracies, dtype=torch.float64))
-        print(f"{kind} accuracy: {mean:.3%} +- {deviation:.3%} ({recipe.seeds} seeds, {total} {what})")
-
-
-def run(script: str, about: str, build: Callable[..., nn.Module], full: Recipe, small: Recipe,
-        batches: Callable[..., Iterator], read: Callable, *shows: Callable) -> None:
-    """A script's main(): `read` answers --predict, `shows` draw. What a user can mend exits with code 2."""
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a notebook's has no such method
     try:
-        recipe = read_options(about, full, small)
-        return experiment(Path(script).name, build, recipe, batches, read, shows)
+        if BY_TORCHRUN and name != "cpu" and torch.accelerator.is_available():  # a GPU each
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        one = torch.ones(1, device=device)
+        (one + one).item()  # fails where the driver or the GPU is too old
+        return str(one.device)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise Problem(f"--device {name or '(default)'} does not work here: choose another, such as "
+                      "--device cpu") from error
+
+def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
+    """The recipe that the command line asks for: full or small, changed by the options given."""
+    parser = argparse.ArgumentParser(description=about, usage="%(prog)s [--small] [options]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for each in fields(Recipe):
+        if each.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[each.name])
+        name, kind = "--" + each.name.replace("_", "-"), each.metadata["kind"]
+        meaning = each.metadata["meaning"]
+        if kind is list:
+            group.add_argument(name, help=meaning, nargs="+", metavar="PICTURE")
+        elif kind is bool:
+            group.add_argument(name, help=meaning, action=argparse.BooleanOptionalAction)
+        else:
+            value, small_value = getattr(full, each.name), getattr(small, each.name)
+            if value == small_value:
+                meaning += f" (default {value})"
+            else:
+                meaning += f" (default {value}, with --small {small_value})"
+            group.add_argument(name, help=meaning, type=kind, metavar=kind.__name__)
+    given = vars(parser.parse_args())
+    recipe = replace(small if given.get("small") else full, **given)
+    recipe.device = choose_device(recipe.device)
+    if recipe.workers is None:  # beside a GPU; on a CPU they would take the cores that train
+        recipe.workers = 0 if recipe.device == "cpu" else min(4, os.cpu_count() or 1)
+    if recipe.compile is None:  # it takes a C compiler, and on Windows more than that
+        recipe.compile = recipe.device.startswith("cuda") and os.name == "posix" and (
+            shutil.which("cc") is not None)
+    return recipe
+
+@contextmanager
+def faults_told() -> Iterator[None]:
+    """Around main(): what the user can mend, or a stop, ends with a sentence and no traceback."""
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        return
     except Problem as problem:
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
-        code = 128 + (stopped.args or [signal.SIGINT])[0]
-        sentence = f"stopped: go on with python {shlex.join(x for x in sys.argv if x != '--resume')} --resume"
-    except (MemoryError, RuntimeError, OSError) as error:
-        sys.unraisablehook = lambda unraisable: None  # a loader whose worker died cannot end in good order
-        lower = f"out of memory: choose a --batch-size below {recipe.batch_size}, or a small model (--small)"
-        died = "a worker, or another rank, died: add --resume to go on, maybe with fewer --workers"
-        eager = "the model cannot be compiled: add --no-compile"
-        hints = {"MemoryError": lower, "out of memory": lower, "allocate": lower, "ALLOC_FAILED": lower,
-                 "Connection": died, "DataLoader worker": died, "'torch._": eager, "torch.compile": eager}
-        error = error.__context__ if "inline_container" in str(error) else error  # torch.save on a full disk
-        disk = isinstance(error, OSError) and f"cannot read or write ({error}): make room, or change --out"
-        code, sentence = 2, next((hints[w] for w in hints if w in f"{type(error)} {error}"), disk)
-        if not sentence:
-            raise
-    print(f"{Path(script).name}: {sentence}", file=sys.stderr)
+        code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        words = [word for word in sys.argv if word != "--resume"]
+        sentence = f"stopped: go on with python {shlex.join(words)} --resume"
+    except (MemoryError, torch.OutOfMemoryError):
+        code, sentence = 2, "out of memory: choose a lower --batch-size, or --small"
+    except OSError as error:
+        code, sentence = 2, f"cannot read or write ({error}): make room, or choose another --out"
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
