@@ -120,6 +120,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
+    @torch.compiler.nested_compile_region  # blocks are alike: one is compiled, for all
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.dropout(self.attention(normed, normed))
@@ -236,12 +237,12 @@ def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
         parameter.grad /= RANKS
 
     model.to(recipe.device)
-    for block in model.modules():
-        if recipe.compile and isinstance(block, Block):
-            block.compile()  # they are alike: what is compiled once serves all
     for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
         if RANKS > 1:  # each process sees its share of a batch: all take the mean gradient
             parameter.register_post_accumulate_grad_hook(average)
+    if recipe.compile:  # with CUDA graphs: a GPU then does not wait for Python
+        model.compile(mode="reduce-overhead")
     return model
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -267,7 +268,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b * square + c * square^2
+        x = torch.baddbmm(x, factor, x, beta=a)  # a * x + factor @ x
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
@@ -312,8 +314,9 @@ def learn_worst_neighbours(model: nn.Module, images: Tensor, labels: Tensor, siz
     its gradient (Goodfellow et al., 2014, arXiv 1412.6572). A change of size 1 is as long as one
     pixel from black to white, 1 / 0.3081 when normalised."""
     change = F.normalize(images.grad.flatten(1)).view_as(images) * size / 0.3081
+    moved = (images.detach() + change).requires_grad_()  # as before, or it is compiled once more
     with mixed_precision(images.device.type):
-        loss = F.cross_entropy(model(images.detach() + change), labels)
+        loss = F.cross_entropy(model(moved), labels)
     loss.backward()
 
 def progress_bar(steps: int, epoch: int, batch_size: int) -> tqdm:
@@ -348,6 +351,8 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int,
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
+        losses[step] = loss.detach()
+        right[step] = (logits.argmax(dim=1) == labels).sum()
         if recipe.adversarial:
             learn_worst_neighbours(model, images, labels, recipe.adversarial)
         gradient_norms[step] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -355,10 +360,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int,
             optimizer.param_groups[0]["lr"] = learning_rate(
                 epoch * steps + step, recipe.epochs * steps, recipe.lr)
             optimizer.step()
-            optimizer.zero_grad()
-
-        losses[step] = loss.detach()
-        right[step] = (logits.argmax(dim=1) == labels).sum()
+            optimizer.zero_grad(set_to_none=False)
         if step % 20 == 0 or step == steps - 1:  # seldom: to read a number is to wait for the GPU
             check_finite(gradient_norms, epoch)
             bar.set_postfix_str(f"loss={losses[step]:.3f}", refresh=False)
@@ -378,7 +380,8 @@ def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Te
     for move in moves:
         look = images.roll(move, dims=(1, 2))
         with mixed_precision(device):
-            logits = [model(normalise(batch.to(device))) for batch in look.split(500)]
+            # forward: not compiled, which would take longer than all the answers
+            logits = [model.forward(normalise(x.to(device))) for x in look.split(500)]
         total += torch.cat(logits).float().softmax(dim=1).cpu()
     return total / len(moves)
 
@@ -544,8 +547,7 @@ def draw_attention(path: Path, model: nn.Module, image: Tensor, recipe: Recipe) 
 
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-    with torch.compiler.set_stance("force_eager"):
-        predict(model, image[None], recipe.device)
+    predict(model, image[None], recipe.device)
     for hook in hooks:
         hook.remove()
     shares, ink = torch.cat(weights), torch.zeros(1, 1)

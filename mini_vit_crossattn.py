@@ -11,6 +11,7 @@ layer its queries meet keys and values from an encoder block of that layer's own
 original image. The digits are augmented as in mini_vit_augment.py.
 """
 
+import torch
 from torch import Tensor, nn
 
 from common import (Block, Recipe, Run, draw_attention, faults_told, load_digits, make_optimizers,
@@ -31,6 +32,7 @@ class CrossBlock(Block):
         super().__init__(dim, heads, flat=flat, dropout=dropout)
         self.norm_context = nn.LayerNorm(dim, eps=1e-6)
 
+    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), self.norm_context(context)))
         return x + self.dropout(self.mlp(self.norm2(x)))

@@ -9,53 +9,79 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import MNIST, ROOT
 
 import common
-import mini_vit
 import mini_vit_augment
 from mini_vit_augment import augment, augmented_batches
 
-ON_DISK = common.Path(common.__file__).parent / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
 NOTHING = dict(degrees=0, scale=0, shear=0, shift=0, bend=0)
 
 
 def recipe(**changes: object) -> common.Recipe:
-    return common.replace(mini_vit_augment.SMALL, device="cpu", workers=0, **changes)
+    return common.replace(mini_vit_augment.SMALL, **{"device": "cpu", "workers": 0, **changes})
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return common.generator(seed)
 
 
+def numbered_digits(count: int) -> common.Digits:
+    """All pixels of digit n are n + 100, and n is its label."""
+    labels = torch.arange(count)
+    return common.Digits("numbered", (labels + 100).byte().view(-1, 1, 1).repeat(1, 28, 28), labels)
+
+
 # batches
 
 
 def test_an_epoch_shows_each_digit_once_in_an_order_of_its_own() -> None:
-    numbers = torch.stack(list(mini_vit.sample_numbers(40, recipe(epochs=3, batch_size=8)))).view(3, 40)
-    for epoch in range(3):
-        assert sorted(numbers[epoch].tolist()) == list(range(40 * epoch, 40 * epoch + 40))
-    assert len({tuple((row % 40).tolist()) for row in numbers}) == 3
-    again = torch.cat(list(mini_vit.sample_numbers(40, recipe(epochs=3, batch_size=8), first_epoch=2)))
-    assert torch.equal(again, numbers[2])
-    other = torch.cat(list(mini_vit.sample_numbers(40, recipe(epochs=1, batch_size=8, seed=1))))
-    assert not torch.equal(other, numbers[0])
+    orders = set()
+    for seed in (0, 1):
+        for epoch in range(3):
+            batches = common.shuffled_batches(40, 8, seed, epoch)
+            assert [len(batch) for batch in batches] == [8] * 5
+            order = torch.cat(batches).tolist()
+            assert sorted(order) == list(range(40))
+            assert order == torch.cat(common.shuffled_batches(40, 8, seed, epoch)).tolist()
+            orders.add(tuple(order))
+    assert len(orders) == 6
 
 
 def test_a_short_last_batch_is_left_out() -> None:
-    assert [len(part) for part in mini_vit.sample_numbers(10, recipe(epochs=2, batch_size=4))] == [4, 4, 4, 4]
+    assert [len(part) for part in common.shuffled_batches(10, 4, 0, 0)] == [4, 4]
+
+
+def test_processes_share_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = common.shuffled_batches(40, 8, seed=0, epoch=1)
+    monkeypatch.setattr(common, "RANKS", 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "RANK", rank)
+        common.shuffled_batches.cache_clear()
+        shares.append(common.shuffled_batches(40, 8, seed=0, epoch=1))
+    for batch, one, other in zip(whole, *shares, strict=True):
+        assert len(one) == len(other) == 4
+        assert set(batch.tolist()) == set(one.tolist()) | set(other.tolist())
 
 
 def test_plain_batches_keep_image_and_label_together() -> None:
-    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1).expand(20, 28, 28)
-    for some, labels in mini_vit.plain_batches(images, torch.arange(20), recipe(epochs=2, batch_size=5)):
-        assert torch.equal(some[:, 0, 0].long(), labels)
+    """And begin with the epoch that they are asked for."""
+    options = recipe(epochs=3, batch_size=5)
+    batches = list(common.plain_batches(numbered_digits(20), options, 0))
+    assert len(batches) == 3 * 4
+    for images, labels in batches:
+        assert torch.equal(images[:, 14, 14].long() - 100, labels)
+    later = list(common.plain_batches(numbered_digits(20), options, 1))
+    assert torch.equal(torch.stack([labels for _, labels in later]),
+                       torch.stack([labels for _, labels in batches[4:]]))
 
 
 def test_normalised_mnist_has_mean_0_and_variance_1() -> None:
     assert common.normalise(torch.zeros(2, 28, 28, dtype=torch.uint8)).shape == (2, 1, 28, 28)
-    if not ON_DISK.exists():
-        pytest.skip("MNIST is not on disk")
-    floats = common.normalise(common.load_digits("MNIST", None)[1][0])
+    if not MNIST:
+        pytest.skip("MNIST is not in data/MNIST/raw")
+    floats = common.normalise(common.find_digits("MNIST", str(ROOT / "data"))[0].images)
     assert abs(floats.mean()) < 1e-3 and abs(floats.std() - 1) < 1e-3
 
 
@@ -63,12 +89,12 @@ def test_normalised_mnist_has_mean_0_and_variance_1() -> None:
 
 
 def test_augmenting_by_nothing_changes_nothing() -> None:
-    images, _ = common.draw_digits(20, seed=0)
+    images = common.draw_digits(20, seed=0).images
     assert torch.equal(augment(images, generator(), **NOTHING), images)
 
 
 def test_images_of_a_batch_are_augmented_differently() -> None:
-    image = common.draw_digits(1, seed=0)[0]
+    image = common.draw_digits(1, seed=0).images
     images = augment(image.expand(16, 28, 28), generator())
     assert images.dtype == torch.uint8 and images.shape == (16, 28, 28)
     assert len({picture.numpy().tobytes() for picture in images}) == 16
@@ -79,59 +105,61 @@ def test_images_of_a_batch_are_augmented_differently() -> None:
 def centres(images: torch.Tensor) -> torch.Tensor:
     """The centre of mass of each image, (B, 2), in pixels: down, right."""
     mass, place = images.float(), torch.arange(28.0)
-    total = mass.sum((1, 2))
-    return torch.stack([(mass.sum(2) * place).sum(1) / total, (mass.sum(1) * place).sum(1) / total], dim=1)
+    both = [(mass.sum(2) * place).sum(1), (mass.sum(1) * place).sum(1)]
+    return torch.stack(both, dim=1) / mass.sum((1, 2)).unsqueeze(1)
 
 
 @pytest.mark.parametrize("amount", [1.0, 3.0])
 def test_shift_is_in_pixels(amount: float) -> None:
-    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    image[0, 12:16, 12:16] = 200
-    moved = centres(augment(image.expand(500, 28, 28), generator(), **{**NOTHING, "shift": amount})) - 13.5
+    images = torch.zeros(500, 28, 28, dtype=torch.uint8)
+    images[:, 12:16, 12:16] = 200
+    moved = centres(augment(images, generator(), **{**NOTHING, "shift": amount})) - 13.5
     assert amount * 0.95 < moved.abs().max() < amount * 1.05
     assert moved.mean(0).abs().max() < amount * 0.1  # to all sides
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"degrees": 30}, {"angle": (-30, 30), "wide": (1, 1), "high": (1, 1)}),
-    ({"scale": 0.2}, {"angle": (0, 0), "wide": (1 / 1.2, 1 / 0.8), "high": (1 / 1.2, 1 / 0.8)}),
-])
-def test_rotation_and_scale_are_as_large_as_said(changes: dict, expected: dict) -> None:
+@pytest.mark.parametrize("changes, angles, widths", [
+    ({"degrees": 30}, (-30, 30), None), ({"scale": 0.2}, (0, 0), (1 / 1.2, 1 / 0.8))])
+def test_rotation_and_scale_are_as_large_as_said(changes: dict, angles: tuple,
+                                                 widths: tuple | None) -> None:
     """Measured on the second moments of a bar, 4 pixels high and 14 wide."""
-    bar = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    bar[0, 12:16, 7:21] = 250
-    images = augment(bar.expand(400, 28, 28), generator(), **{**NOTHING, **changes}).double()
+    bars = torch.zeros(400, 28, 28, dtype=torch.uint8)
+    bars[:, 12:16, 7:21] = 250
+    images = augment(bars, generator(), **{**NOTHING, **changes}).double()
     total, place = images.sum((1, 2)), torch.arange(28.0).double() - 13.5
     down = (images.sum(2) * place**2).sum(1) / total
     right = (images.sum(1) * place**2).sum(1) / total
     both = torch.einsum("bij,i,j->b", images, place, place) / total
     angle = torch.rad2deg(torch.atan2(2 * both, right - down) / 2)
-    assert angle.min() == pytest.approx(expected["angle"][0], abs=1.5)
-    assert angle.max() == pytest.approx(expected["angle"][1], abs=1.5)
-    if changes == {"scale": 0.2}:
+    assert [angle.min(), angle.max()] == pytest.approx(angles, abs=1.5)
+    if widths:
         wide = (right / (14**2 / 12)).sqrt()
-        assert wide.min() == pytest.approx(expected["wide"][0], abs=0.05)
-        assert wide.max() == pytest.approx(expected["wide"][1], abs=0.05)
+        assert [wide.min(), wide.max()] == pytest.approx(widths, abs=0.05)
 
 
 def test_both_sides_scale_on_their_own_and_shear_is_as_large_as_said() -> None:
     """Measured on the second moments of a square of 14 pixels."""
     square, place = torch.zeros(400, 28, 28, dtype=torch.uint8), torch.arange(28.0) - 13.5
     square[:, 7:21, 7:21] = 250
-    scaled, slanted = (augment(square, generator(), **{**NOTHING, **change}).float()
-                       for change in ({"scale": 0.2}, {"shear": 0.3}))
-    sides = [(scaled.sum(dim) @ place**2 / scaled.sum((1, 2)) / (14**2 / 12)).sqrt() for dim in (1, 2)]
+    scaled = augment(square, generator(), **{**NOTHING, "scale": 0.2}).float()
+    sides = [(scaled.sum(dim) @ place**2 / scaled.sum((1, 2)) / (14**2 / 12)).sqrt()
+             for dim in (1, 2)]
     for side in sides:
         assert [side.min(), side.max()] == pytest.approx([1 / 1.2, 1 / 0.8], abs=0.05)
     assert torch.corrcoef(torch.stack(sides))[0, 1].abs() < 0.2
+    slanted = augment(square, generator(), **{**NOTHING, "shear": 0.3}).float()
     slant = torch.einsum("bij,i,j->b", slanted, place, place) / (slanted.sum(2) @ place**2)
     assert [slant.min(), slant.max()] == pytest.approx([-0.3, 0.3], abs=0.02)
 
 
 def test_bend_is_a_standard_deviation_in_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
-    monkeypatch.setattr(mini_vit_augment.F, "grid_sample",
-                        lambda images, grid, align_corners: grids.append(grid) or images)
+
+    def keep(images: torch.Tensor, grid: torch.Tensor, align_corners: bool) -> torch.Tensor:
+        grids.append(grid)
+        return images
+
+    monkeypatch.setattr(mini_vit_augment.F, "grid_sample", keep)
     images = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     augment(images, generator(), **NOTHING)
     augment(images, generator(), **{**NOTHING, "bend": 1.5})
@@ -141,19 +169,24 @@ def test_bend_is_a_standard_deviation_in_pixels(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_digits_stay_in_the_picture() -> None:
-    images = common.draw_digits(500, seed=0)[0]
+    images = common.draw_digits(500, seed=0).images
     kept = augment(images, generator()).float().sum((1, 2)) / images.float().sum((1, 2))
     assert kept.min() > 0.6 and abs(kept.mean() - 1) < 0.1
 
 
-def all_batches(workers: int, **changes: object) -> list:
-    images, labels = common.draw_digits(64, seed=0)
-    return list(augmented_batches(images, labels, common.replace(recipe(epochs=2, batch_size=16, **changes),
-                                                                 workers=workers)))
+def all_batches(first_epoch: int = 0, **changes: object) -> list:
+    """Of two epochs of 64 digits in batches of 16."""
+    options = recipe(**{"epochs": 2, "batch_size": 16, **changes})
+    return list(augmented_batches(common.draw_digits(64, seed=0), options, first_epoch))
 
 
-def check_batches(batches: list) -> None:
-    """Two epochs of 64 digits in batches of 16: each augmented differently, each with its own label."""
+def check_same(batches: list, others: list) -> None:
+    for (images, labels), (other_images, other_labels) in zip(batches, others, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+
+
+def test_no_two_augmented_digits_of_two_epochs_are_alike() -> None:
+    batches = all_batches()
     assert [tuple(images.shape) for images, _ in batches] == [(16, 28, 28)] * 8
     assert all(images.dtype == torch.uint8 for images, _ in batches)
     assert len({image.numpy().tobytes() for images, _ in batches for image in images}) == 128
@@ -162,67 +195,116 @@ def check_batches(batches: list) -> None:
         assert torch.equal(labels.sort().values, (torch.arange(64) % 10).sort().values)
 
 
-def test_workers_differ_from_each_other_and_their_number_changes_nothing() -> None:
-    alone, together = all_batches(0), all_batches(2)
-    assert not torch.equal(alone[0][0], all_batches(0, seed=1)[0][0])
-    check_batches(alone)
-    for (images, labels), (same_images, same_labels) in zip(alone, together, strict=True):
-        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+def test_augmented_batches_follow_from_the_seed_and_the_step() -> None:
+    """Whatever the number of workers, and where the run began."""
+    batches = all_batches()
+    check_same(all_batches(workers=2), batches)
+    check_same(all_batches(first_epoch=1), batches[4:])
+    for (images, _), (other_images, _) in zip(batches, all_batches(seed=1), strict=True):
+        assert not torch.equal(images, other_images)
+
+
+def test_two_epochs_augment_a_digit_differently() -> None:
+    """Also where each is one batch, of a single digit."""
+    digits = common.draw_digits(1, seed=0)
+    (first, _), (second, _) = augmented_batches(digits, recipe(epochs=2, batch_size=1), 0)
+    assert not torch.equal(first, second)
+
+
+def test_each_process_augments_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen times the same digit, eight for each of two processes: no two come out alike."""
+    name, images, labels = common.draw_digits(1, seed=0)
+    digits = common.Digits(name, images.expand(16, 28, 28), labels.expand(16))
+    monkeypatch.setattr(common, "RANKS", 2)
+    seen = set()
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "RANK", rank)
+        common.shuffled_batches.cache_clear()
+        (images, _), = augmented_batches(digits, recipe(epochs=1, batch_size=16), 0)
+        seen |= {image.numpy().tobytes() for image in images}
+    assert len(seen) == 16
 
 
 def test_labels_stay_with_their_images() -> None:
-    labels = torch.arange(10)
-    images = (labels + 100).byte().view(10, 1, 1).repeat(1, 28, 28)
-    for some, theirs in augmented_batches(images, labels, recipe(epochs=2, batch_size=5)):
-        assert torch.equal(some[:, 14, 14].long() - 100, theirs)
+    batches = list(augmented_batches(numbered_digits(10), recipe(epochs=2, batch_size=5), 0))
+    assert len(batches) == 4
+    for images, labels in batches:
+        assert torch.equal(images[:, 14, 14].long() - 100, labels)
 
 
-def test_spawned_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spawned_worker_makes_the_same_batches() -> None:
+    """macOS and Windows start workers so: all that a worker gets is pickled."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        check_batches(all_batches(2))
+        batches = all_batches(workers=1)
     finally:
         multiprocessing.set_start_method(before, force=True)
+    check_same(batches, all_batches())
 
 
 # loading
 
 
 def test_drawn_digits_can_be_told_apart_and_are_the_same_each_time() -> None:
-    images, labels = common.draw_digits(200, seed=0)
-    assert images.shape == (200, 28, 28) and images.dtype == torch.uint8
-    assert torch.equal(images, common.draw_digits(200, seed=0)[0])
-    train, test = (set(map(tuple, images.flatten(1).tolist()))
-                   for images, _ in common.load_digits("drawn", None)[1:])
-    assert not train & test
+    name, images, labels = common.draw_digits(200, seed=0)
+    assert (name, images.shape, images.dtype) == ("drawn", (200, 28, 28), torch.uint8)
+    assert torch.equal(images, common.draw_digits(200, seed=0).images)
     assert labels.bincount().tolist() == [20] * 10
     means = torch.stack([images[labels == digit].float().mean(0) for digit in range(10)])
-    assert torch.cdist(means.flatten(1), means.flatten(1)).add(torch.eye(10) * 1e9).min() > 300
+    distances = torch.cdist(means.flatten(1), means.flatten(1))
+    assert distances.add(torch.eye(10) * 1e9).min() > 300
+
+
+def test_drawn_digits_to_test_on_are_others() -> None:
+    train, test = ({image.numpy().tobytes() for image in digits.images}
+                   for digits in common.find_digits("drawn", "nowhere"))
+    assert len(train) > 9_900 and len(test) > 1_990 and not train & test
+
+
+def test_validation_holds_out_the_last_5000_training_digits() -> None:
+    digits, test_digits = common.load_digits(recipe(dataset="drawn"))
+    assert (len(digits.images), len(test_digits.images)) == (10_000, 2_000)
+    rest, held_out = common.load_digits(recipe(dataset="drawn", validate=True))
+    for part in (1, 2):  # images, labels
+        assert len(rest[part]) == len(held_out[part]) == 5_000
+        assert torch.equal(torch.cat([rest[part], held_out[part]]), digits[part])
+
+
+@pytest.fixture(scope="session")
+def packed_files() -> dict[str, bytes]:
+    """Four packed files of the right form."""
+    files = {}
+    for part, count in ("train", 60_000), ("t10k", 10_000):
+        for kind, magic, shape in (("images-idx3", 2051, (count, 28, 28)),
+                                   ("labels-idx1", 2049, (count,))):
+            header = b"".join(number.to_bytes(4, "big") for number in (magic, *shape))
+            content = gzip.compress(header + bytes(np.prod(shape)), 1)
+            files[f"{part}-{kind}-ubyte.gz"] = content
+    return files
 
 
 @pytest.fixture
-def small_mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with four packed files of the right form; torchvision is told their checksums."""
+def small_mnist(packed_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
+                tmp_path: Path) -> Path:
+    """A folder with these files; torchvision is told their checksums."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    resources = []
-    for part, count in ("train", 60_000), ("t10k", 10_000):
-        for kind, magic, shape in ("images-idx3", 2051, (count, 28, 28)), ("labels-idx1", 2049, (count,)):
-            header = b"".join(number.to_bytes(4, "big") for number in (magic, *shape))
-            packed = gzip.compress(header + bytes(np.prod(shape)), 1)
-            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(packed)
-            resources.append((f"{part}-{kind}-ubyte.gz", hashlib.md5(packed).hexdigest()))
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    for file, content in packed_files.items():
+        (raw / file).write_bytes(content)
+    checksums = [(file, hashlib.md5(content).hexdigest()) for file, content in packed_files.items()]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", checksums)
     return tmp_path
 
 
 def test_the_four_files_on_disk_are_enough(small_mnist: Path) -> None:
-    name, (images, labels), (test_images, _) = common.load_digits(None, str(small_mnist))
-    assert (name, len(images), len(labels), len(test_images)) == ("MNIST", 60_000, 60_000, 10_000)
+    digits, test_digits = common.find_digits(None, str(small_mnist))
+    assert (digits.name, len(digits.images), len(digits.labels)) == ("MNIST", 60_000, 60_000)
+    assert (test_digits.name, len(test_digits.images)) == ("MNIST", 10_000)
     for packed in (small_mnist / "MNIST" / "raw").glob("*.gz"):
         packed.unlink()
-    assert common.load_digits("MNIST", str(small_mnist))[0] == "MNIST"  # the unpacked ones are, too
+    digits, _ = common.find_digits("MNIST", str(small_mnist))  # the unpacked ones are, too
+    assert (digits.name, len(digits.images)) == ("MNIST", 60_000)
 
 
 FILES = [file for file, _ in torchvision.datasets.MNIST.resources]
@@ -233,42 +315,46 @@ FILES = [file for file, _ in torchvision.datasets.MNIST.resources]
 def test_a_damaged_file_is_named(small_mnist: Path, file: str, name: str | None) -> None:
     path = small_mnist / "MNIST" / "raw" / file
     sound = path.read_bytes()
-    for damaged in (b"", sound[:-10], b"<html>503 Unavailable</html>", sound[:20] + b"x" + sound[21:]):
+    for damaged in (b"", sound[:-10], b"<html>503 Unavailable</html>",
+                    sound[:20] + b"x" + sound[21:]):
         path.write_bytes(damaged)
         with pytest.raises(common.Problem, match=f"{file} is damaged"):
-            common.load_digits(name, str(small_mnist))
+            common.find_digits(name, str(small_mnist))
 
 
 def test_a_damaged_unpacked_file_is_named(small_mnist: Path) -> None:
-    common.load_digits("MNIST", str(small_mnist))
+    common.find_digits("MNIST", str(small_mnist))
     path = small_mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(common.Problem, match="t10k-images-idx3-ubyte is damaged"):
-        common.load_digits("MNIST", str(small_mnist))
+        common.find_digits("MNIST", str(small_mnist))
     path.with_suffix(".gz").unlink()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(common.Problem, match="not whole.*7839999.*put.*t10k-images"):
-        common.load_digits("MNIST", str(small_mnist))
+        common.find_digits("MNIST", str(small_mnist))
 
 
-def test_without_mnist_drawn_digits_and_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    name, (images, _), _ = common.load_digits(None, str(tmp_path))
+def test_without_mnist_drawn_digits_and_a_warning(tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture) -> None:
+    digits, test_digits = common.find_digits(None, str(tmp_path))
     err = capsys.readouterr().err
-    assert name == "drawn" and len(images) == 10_000
-    assert "WARNING" in err and str(tmp_path / "MNIST" / "raw") in err and all(file in err for file in FILES)
+    assert digits.name == test_digits.name == "drawn" and len(digits.images) == 10_000
+    assert "WARNING" in err and str(tmp_path / "MNIST" / "raw") in err
+    assert all(file in err for file in FILES)
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
-def test_a_data_set_that_was_asked_for_and_is_not_there_is_a_problem(tmp_path: Path, name: str) -> None:
+def test_a_data_set_that_was_asked_for_and_is_not_there_is_a_problem(tmp_path: Path,
+                                                                     name: str) -> None:
     with pytest.raises(common.Problem, match=name) as problem:
-        common.load_digits(name, str(tmp_path))
+        common.find_digits(name, str(tmp_path))
     assert all(file in str(problem.value) for file in FILES) and "\n" not in str(problem.value)
 
 
-def test_a_data_folder_that_is_read_only(small_mnist: Path, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture) -> None:
-    """With the unpacked files in it, it is read; without, that is told. (root may write anywhere: so the
-    refusal is simulated.)"""
+def test_a_data_folder_that_is_read_only(small_mnist: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the unpacked files in it, it is read; without, that is told. (root may write anywhere:
+    so the refusal is simulated.)"""
     real = open
 
     def refuse(file: object, mode: str = "r", *args: object, **kwargs: object) -> object:
@@ -278,10 +364,9 @@ def test_a_data_folder_that_is_read_only(small_mnist: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(common.Problem, match="Permission denied.*put "):
-        common.load_digits("MNIST", str(small_mnist))
-    monkeypatch.undo()
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", [])
+        common.find_digits("MNIST", str(small_mnist))
+    monkeypatch.setattr("builtins.open", real)
     for packed in (small_mnist / "MNIST" / "raw").glob("*.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
     monkeypatch.setattr("builtins.open", refuse)
-    assert common.load_digits("MNIST", str(small_mnist))[0] == "MNIST"
+    assert common.find_digits("MNIST", str(small_mnist))[0].name == "MNIST"

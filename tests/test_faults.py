@@ -1,175 +1,366 @@
 """Nothing is lost: checkpoints under faults of every kind, and runs that are stopped and go on."""
 
+import json
 import os
 import random
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+from test_scripts import LAST, few_digits  # noqa: F401 (for all tests below)
 
 import common
 import mini_vit
 import mini_vit_augment
+import mini_vit_crossattn
 
-TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --batch-size 500 --dropout 0.1"
-
-
-def folder(out: Path, script: object) -> Path:
-    return out / f"{script.__name__}-drawn-small-seed0"
+TINY = ("--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --batch-size 100 "
+        "--dropout 0.1")
 
 
-def log_of(out: Path, script: object) -> list[str]:
-    """The log's lines without the seconds."""
-    lines = (folder(out, script) / "log.csv").read_text().splitlines()
-    assert lines[0] == "epoch,loss,accuracy,seconds"
-    return [line.rsplit(",", 1)[0] for line in lines[1:]]
+def folder(out: object, script: object = mini_vit, seed: int = 0) -> Path:
+    return Path(out, f"{script.__name__}-drawn-small-seed{seed}")
 
 
-@pytest.mark.parametrize("script, more", [(mini_vit, "--muon"), (mini_vit_augment, "--workers 0"),
-                                          (mini_vit_augment, "--workers 2")])
-def test_a_stopped_run_ends_where_an_unbroken_one_does(command_line: object, monkeypatch: pytest.MonkeyPatch,
-                                                       tmp_path: Path, script: object, more: str) -> None:
-    options = f"{TINY} --epochs 3 {more} --out {tmp_path}"
-    code, unbroken, _ = command_line(script, options + "/unbroken")
+def state_of(run: Path) -> dict:
+    """All that a run's checkpoint holds, but the seconds."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return state | {"log": [row[:2] for row in state["log"]]}
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two checkpoints are alike, bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, script: object, seed: int, epoch: int,
+            stop: Callable) -> None:
+    """Until monkeypatch is undone, this happens in place of an epoch."""
+    original = script.train_epoch
+
+    def train_epoch(*args: object) -> tuple[float, float]:
+        if (args[-2].seed, args[-1]) == (seed, epoch):
+            stop()
+        return original(*args)
+
+    monkeypatch.setattr(script, "train_epoch", train_epoch)
+
+
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+# stopped, and taken up again
+
+
+@pytest.mark.parametrize("script, more", [
+    (mini_vit, "--muon"), (mini_vit_augment, "--workers 0"), (mini_vit_augment, "--workers 2")])
+def test_a_stopped_run_ends_where_an_unbroken_one_does(
+        command_line: Callable, monkeypatch: pytest.MonkeyPatch, script: object, more: str) -> None:
+    options = f"{TINY} --epochs 3 {more} --out "
+    code, unbroken, _ = command_line(script, options + "unbroken")
     assert code == 0
-
-    original, epochs = common.train_epoch, []
-
-    def stops(*args: object) -> tuple[float, float]:
-        epochs.append(args[-1])
-        if args[-1] == 1:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(common, "train_epoch", stops)
-    code, _, err = command_line(script, options + "/stopped")
-    assert code == 130 and "--resume" in err and "Traceback" not in err and epochs == [0, 1]
-    monkeypatch.setattr(common, "train_epoch", original)
-    code, resumed, _ = command_line(script, options + "/stopped --resume")
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, seed=0, epoch=1, stop=press_ctrl_c)
+        code, out, err = command_line(script, options + "stopped")
+    assert code == 130 and "Traceback" not in err and "epoch 2" not in out
+    command = f"python {script.__file__} {options}stopped --resume"
+    name = Path(script.__file__).name
+    assert err.splitlines()[-1].strip() == f"{name}: stopped: go on with {command}"
+    code, resumed, _ = command_line(script, options + "stopped --resume")
     assert code == 0 and "epoch 1 of 3" not in resumed and "epoch 2 of 3" in resumed
-    assert log_of(tmp_path / "stopped", script) == log_of(tmp_path / "unbroken", script)
     assert resumed.splitlines()[-12:] == unbroken.splitlines()[-12:]
-    one, other = (torch.load(folder(tmp_path / name, script) / "checkpoint.pt", weights_only=True)["model"]
-                  for name in ("unbroken", "stopped"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (state_of(folder(out, script)) for out in ("unbroken", "stopped"))
+    assert same(one, other) and len(one["log"]) == 3
+    one, other = (re.sub(r",[\d.]+$", "", (folder(out, script) / "log.csv").read_text(), flags=re.M)
+                  for out in ("unbroken", "stopped"))
+    assert one == other and len(one.splitlines()) == 4
 
 
-def test_a_run_of_several_seeds_goes_on_in_the_seed_it_was_in(command_line: object,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    options, original = TINY + " --epochs 2 --seeds 2", common.train_epoch
+def test_a_run_of_several_seeds_goes_on_in_the_seed_it_was_in(
+        command_line: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = TINY + " --epochs 2 --seeds 2"
     unbroken = command_line(mini_vit, options + " --out unbroken")[1].splitlines()[-1]
-
-    def stops(*args: object) -> tuple[float, float]:
-        if args[-2].seed == 1 and args[-1] == 0:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(common, "train_epoch", stops)
-    assert command_line(mini_vit, options)[0] == 130
-    monkeypatch.setattr(common, "train_epoch", original)
+    with monkeypatch.context() as patch:
+        stop_at(patch, mini_vit, 1, 0, lambda: signal.raise_signal(signal.SIGTERM))
+        assert command_line(mini_vit, options)[0] == 143
     code, out, _ = command_line(mini_vit, options + " --resume")
-    assert code == 0 and out.splitlines()[-1] == unbroken and out.count("epoch 1 of 2") == 1
+    assert code == 0 and out.splitlines()[-1] == unbroken and "2 seeds" in unbroken
+    assert out.count("epoch 1 of 2") == 1
 
 
-def test_after_training_a_signal_ends_a_run_at_once_again(command_line: object) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert command_line(mini_vit, f"{TINY} --epochs 1")[0] == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+@pytest.mark.parametrize("more", ["", "--muon", "--seeds 2"])
+def test_a_finished_run_is_evaluated_again(command_line: Callable, more: str) -> None:
+    options = f"{TINY} {more} --epochs 1"
+    first = command_line(mini_vit, options)[1]
+    before = {name: (folder("runs") / name).read_bytes()
+              for name in ("checkpoint.pt", "log.csv", "options.json")}
+    for again in ("--evaluate", "--evaluate --epochs 9 --lr 7", "--resume"):
+        code, out, _ = command_line(mini_vit, f"{options} {again}")
+        assert code == 0 and "epoch 1 of" not in out
+        results = [[line for line in text.splitlines() if " accuracy: " in line]
+                   for text in (first, out)]
+        assert results[0] == results[1]
+    assert all((folder("runs") / name).read_bytes() == before[name] for name in before)
 
 
-@pytest.mark.parametrize("training", ["", "--muon"])
-def test_a_finished_run_is_evaluated_again(command_line: object, tmp_path: Path, training: str) -> None:
-    first = command_line(mini_vit, f"{TINY} {training} --epochs 1 --out {tmp_path}")[1].splitlines()[-1]
-    code, out, _ = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")
-    assert code == 0 and out.splitlines()[-1] == first and "epoch 1" not in out
+@pytest.mark.parametrize("files", [4, 5, 6, 7])
+def test_a_run_that_ends_as_it_saves_loses_no_line_of_its_log(
+        command_line: Callable, monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    """An epoch writes four files; this run ends in the second epoch, after none to three."""
+    original, written = common.whole_file, []
+
+    @contextmanager
+    def whole_file(path: Path) -> Iterator:
+        with original(path) as file:
+            yield file
+            if len(written) == files:
+                signal.raise_signal(signal.SIGTERM)
+            written.append(path.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "whole_file", whole_file)
+        code, out, err = command_line(mini_vit, TINY + " --epochs 2")
+    assert code == 143 and "accuracy:" not in out and "--resume" in err
+    assert not list(folder("runs").glob("*.part"))
+    assert written[:4] == ["log.csv", "options.json", "checkpoint.pt", "curve.png"]
+    assert len(state_of(folder("runs"))["log"]) == 1 + (files == 7)
+    assert command_line(mini_vit, TINY + " --epochs 2 --resume")[0] == 0
+    log = (folder("runs") / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in log] == ["epoch", "1", "2"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+# processes of their own
+
+
+NURSERY = """
+import json, os, pwd, resource, runpy, signal, sys
+
+def find_no_name(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+
+pwd.getpwuid = find_no_name  # as in a container that is started with a number for a user
+import torch, torchvision
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+    else:
+        child = os.fork()
+        if child == 0:
+            break
+        print(child, flush=True)
+else:
+    sys.exit()
+os.setsid()
+for number, file in ((1, order["out"]), (2, order["err"])):
+    os.dup2(os.open(file, os.O_WRONLY), number)
+os.chdir(order["folder"])
+os.environ.update(order["environment"])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if order["open_files"]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (order["open_files"], order["open_files"]))
+sys.argv = order["command"]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+
+
+class Child:
+    """A script in a process of its own, which leads a group of its own."""
+
+    def __init__(self, ask: Callable, command: list[str], environment: dict[str, str],
+                 open_files: int) -> None:
+        self.ask, name = ask, f"{time.time_ns()}"
+        self.out, self.err = Path(f"{name}.out").absolute(), Path(f"{name}.err").absolute()
+        self.out.touch()
+        self.err.touch()
+        self.number = ask(command=command, folder=os.getcwd(), out=str(self.out),
+                          err=str(self.err), environment=environment, open_files=open_files)
+        self.ended = False
+
+    def wait_for(self, words: str) -> None:
+        """Until it has said these words."""
+        for _ in range(6000):
+            if words in self.out.read_text():
+                return
+            time.sleep(0.01)
+        raise TimeoutError(self.out.read_text() + self.err.read_text())
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, in a minute at most, and what it said to stderr."""
+        watchdog = threading.Timer(60, os.killpg, (self.number, signal.SIGKILL))
+        watchdog.start()
+        code = self.ask(wait=self.number)
+        watchdog.cancel()
+        self.ended = True
+        return code, self.err.read_text().replace("\r", "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nursery() -> Iterator[Callable | None]:
+    """A process that has imported PyTorch, which takes seconds, and forks all others. The user has
+    no name there."""
+    if not hasattr(os, "fork"):
+        yield None
+        return
+    names = "LOGNAME", "USER", "LNAME", "USERNAME"
+    environment = {name: os.environ[name] for name in os.environ if name not in names}
+    process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, env=environment)
+
+    def ask(**order: object) -> int:
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    yield ask
+    process.communicate()
+
+
+@pytest.fixture
+def start(nursery: Callable) -> Iterator[Callable]:
+    """Starts a Child with a script and the options of a string."""
+    children = []
+
+    def call(script: object, options: str, environment: dict[str, str] | None = None,
+             open_files: int = 0) -> Child:
+        command = [script.__file__, *options.split()]
+        children.append(Child(nursery, command, environment or {}, open_files))
+        return children[-1]
+
+    yield call
+    for child in children:
+        if not child.ended:
+            os.killpg(child.number, signal.SIGKILL)
+            child.end()
+
+
+@needs_fork
+def test_a_script_is_a_process_of_its_own_and_no_rank_of_a_run_that_is_over(
+        start: Callable) -> None:
+    """What another run left in the environment does not make it wait for others, or be silent. Its
+    stderr is no terminal: it gets a line when an epoch begins, and then one every ten seconds."""
+    left = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    run = start(mini_vit_crossattn, TINY + " --epochs 1 --workers 1", left)
+    code, err = run.end()
+    assert code == 0, err
+    lines = run.out.read_text().splitlines()
+    assert lines[0].startswith("mini_vit_crossattn.py ") and re.fullmatch(LAST, lines[-1])
+    bar = [line for line in err.splitlines() if line.strip()]
+    assert bar[0].startswith("epoch 1:") and "images/s" in bar[0] and len(bar) <= 2
+
+
+@needs_fork
 @pytest.mark.parametrize("number, code, group", [
     (signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True)])
-def test_signals_end_a_run_with_a_sentence(tmp_path: Path, number: int, code: int, group: bool) -> None:
-    run = subprocess.Popen([sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1000",
-                            "--workers", "2", "--out", str(tmp_path), *["--resume"] * group],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    while not run.stdout.readline().startswith("epoch 2"):
-        assert run.poll() is None
-    try:
-        os.killpg(run.pid, number) if group else run.send_signal(number)  # the workers get it, too, or not
-        _, err = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == code and "Traceback" not in err
-    options = f"{TINY} --epochs 1000 --workers 2 --out {tmp_path}"
+def test_signals_end_a_run_with_a_sentence(start: Callable, number: int, code: int,
+                                           group: bool) -> None:
+    options = f"{TINY} --epochs 1000 --workers 2"
+    run = start(mini_vit_augment, options + " --resume" * group)
+    run.wait_for("epoch 2 of")
+    began = time.monotonic()
+    if group:
+        os.killpg(run.number, number)  # the workers get it, too
+    else:
+        os.kill(run.number, number)
+    ended, err = run.end()
+    assert ended == code and "Traceback" not in err and time.monotonic() - began < 20
     command = f"python {mini_vit_augment.__file__} {options} --resume"
-    assert err.splitlines()[-1] == f"mini_vit_augment.py: stopped: go on with {command}"
-    assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 2
+    last = err.splitlines()[-1].strip()
+    assert last == f"mini_vit_augment.py: stopped: go on with {command}"
+    assert len(state_of(folder("runs", mini_vit_augment))["log"]) >= 2
 
 
 def workers_of(process: int) -> list[int]:
     """Its children; or, where a fork server makes the workers, the children of that."""
-    children = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return [worker for child in children for worker in workers_of(child)] or children
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [worker for child in children for worker in workers_of(int(child)) or [int(child)]]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers in /proc")
-def test_a_killed_worker_is_told(tmp_path: Path) -> None:
-    run = subprocess.Popen([sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1000",
-                            "--workers", "2", "--out", str(tmp_path)],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not run.stdout.readline().startswith("epoch 1"):
-        assert run.poll() is None
-    try:
-        os.kill(workers_of(run.pid)[0], signal.SIGKILL)
-        _, err = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == 2 and "Traceback" not in err
-    assert "mini_vit_augment.py: a worker, or another rank, died: add --resume" in err.splitlines()[-1]
-    assert torch.load(folder(tmp_path, mini_vit_augment) / "checkpoint.pt", weights_only=True)["epoch"] >= 1
+def test_a_killed_worker_ends_a_run_and_leaves_its_checkpoint(start: Callable) -> None:
+    run = start(mini_vit_augment, TINY + " --epochs 1000 --workers 2")
+    run.wait_for("epoch 1 of")
+    os.kill(workers_of(run.number)[0], signal.SIGKILL)
+    code, err = run.end()
+    assert code in (1, 2) and "worker" in err
+    assert len(state_of(folder("runs", mini_vit_augment))["log"]) >= 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
-def test_workers_that_cannot_start_do_not_hang_a_run(tmp_path: Path) -> None:
-    import resource
-
-    command = [sys.executable, mini_vit_augment.__file__, *TINY.split(), "--epochs", "1", "--workers", "40"]
-    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=60,
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert "Too many open files" in run.stderr.splitlines()[-1]
+@needs_fork
+def test_workers_that_cannot_start_do_not_hang_a_run(start: Callable) -> None:
+    code, err = start(mini_vit_augment, TINY + " --epochs 1 --workers 40", open_files=64).end()
+    assert code == 2 and "Traceback" not in err and "Too many open files" in err.splitlines()[-1]
 
 
-def test_a_signal_while_the_last_epoch_is_saved_is_heard(command_line: object,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    original = torch.save
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
-    def interrupted(content: object, file: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        original(content, file)
 
-    monkeypatch.setattr(torch, "save", interrupted)
-    code, out, err = command_line(mini_vit, TINY + " --epochs 1 --seeds 2")
-    assert code == 143 and "accuracy" not in out and "--resume" in err
-    monkeypatch.setattr(torch, "save", original)
-    code, out, _ = command_line(mini_vit, TINY + " --epochs 1 --seeds 2 --resume")
-    assert code == 0 and out.count("epoch 1 of 1") == 1  # only the second seed's
+@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv, which PyTorch for Windows lacks")
+def test_a_run_of_two_processes_that_torchrun_is_told_to_end_goes_on_as_if_unbroken(
+        start: Callable) -> None:
+    options = TINY.replace("100", "1000") + " --patch-size 14 --validate --epochs 20 --out "
+    command = f"--standalone --nproc-per-node=2 {mini_vit.__file__} {options}stopped"
+    run = start(torch.distributed.run, command)
+    run.wait_for("epoch 2 of")
+    began = time.monotonic()
+    os.kill(run.number, signal.SIGTERM)
+    code, err = run.end()
+    assert code != 0 and time.monotonic() - began < 20, err
+    name = "mini_vit-drawn-small-validate-seed0"
+    assert 2 <= len(state_of(Path("stopped", name))["log"]) < 20
+
+    for more in ("stopped --resume", "unbroken"):
+        both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+                "TORCHELASTIC_RUN_ID": "test"}
+        ranks = [start(mini_vit, options + more, both | {"RANK": rank, "LOCAL_RANK": rank})
+                 for rank in "01"]
+        for rank in ranks:
+            code, err = rank.end()
+            assert code == 0, err
+        assert "epoch 20 of 20" in ranks[0].out.read_text() and not ranks[1].out.read_text()
+        assert ("epoch 1 of 20" in ranks[0].out.read_text()) == (more == "unbroken")
+    one, other = (state_of(Path(out, name)) for out in ("stopped", "unbroken"))
+    assert same(one, other) and len(one["log"]) == 20
+
+
+# files
 
 
 def save(out: Path, number: int) -> None:
     state = {"run": out.name, "number": number, "tensor": torch.full((200_000,), number)}
-    common.write(out / "checkpoint.pt", lambda file: torch.save(state, file))
+    with common.whole_file(out / "checkpoint.pt") as file:
+        torch.save(state, file)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     save(tmp_path, 0)
-    last, inside = 0, 0
-    for _ in range(50):
+    last = 0
+    for _ in range(40):
         child = os.fork()
         if child == 0:
             try:
@@ -181,16 +372,43 @@ def test_kill_9_while_saving(tmp_path: Path) -> None:
         time.sleep(random.uniform(0.0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        inside += (tmp_path / "checkpoint.part").exists()
-        loaded = common.load(tmp_path, {"run": tmp_path.name})
+        loaded = common.load_checkpoint(tmp_path, {"run": tmp_path.name})
         assert loaded["number"] >= last and (loaded["tensor"] == loaded["number"]).all()
         last = loaded["number"]
-    assert inside > 0  # some were killed in the middle of a file
+    assert list(tmp_path.glob("*.part")) and last > 0  # some were killed in the middle of a file
 
 
-def test_a_full_disk_loses_nothing(command_line: object, monkeypatch: pytest.MonkeyPatch,
-                                   tmp_path: Path) -> None:
-    options = f"{TINY} --epochs 2 --out {tmp_path}"
+@needs_fork
+def test_two_runs_at_once_in_one_folder_do_not_write_into_one_file() -> None:
+    path = Path("checkpoint.pt")
+    with common.whole_file(path) as file:
+        file.write(b"one, ")
+        file.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                with common.whole_file(path) as other_file:
+                    other_file.write(b"the other")
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert path.read_bytes() == b"the other"
+        file.write(b"whole")
+    assert path.read_bytes() == b"one, whole" and len(list(Path().iterdir())) == 1
+
+
+@needs_fork
+def test_two_runs_at_once_in_one_folder_both_end_well(start: Callable) -> None:
+    runs = [start(mini_vit, TINY + " --epochs 8 --validate --patch-size 14") for _ in range(2)]
+    for run in runs:
+        code, err = run.end()
+        assert code == 0, err
+    assert runs[0].out.read_text().splitlines()[-1] == runs[1].out.read_text().splitlines()[-1]
+    run = Path("runs/mini_vit-drawn-small-validate-seed0")
+    assert len(state_of(run)["log"]) == 8 and not list(run.glob("*.part"))
+
+
+def test_a_full_disk_loses_nothing(command_line: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     original, times = torch.save, []
 
     def full(content: object, file: object) -> None:
@@ -200,51 +418,41 @@ def test_a_full_disk_loses_nothing(command_line: object, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
         original(content, file)
 
-    monkeypatch.setattr(torch, "save", full)
-    code, _, err = command_line(mini_vit, options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        code, _, err = command_line(mini_vit, TINY + " --epochs 2")
     assert code == 2 and "No space left" in err and "--out" in err and "Traceback" not in err
-    code, out, _ = command_line(mini_vit, options + " --resume")
+    assert not list(folder("runs").glob("*.part"))
+    code, out, _ = command_line(mini_vit, TINY + " --epochs 2 --resume")
     assert code == 0 and "epoch 2 of 2" in out and "epoch 1 of 2" not in out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 @pytest.mark.parametrize("room", [100_000, 300_000, 500_000])
-def test_a_disk_with_too_little_room_for_a_checkpoint_is_told(tmp_path: Path, room: int) -> None:
-    """By a limit to the size of a file. Wherever it strikes, torch.save has its own errors on top."""
+def test_a_disk_with_too_little_room_for_a_checkpoint_is_told(command_line: Callable,
+                                                              room: int) -> None:
+    """By a limit to the size of a file. Wherever it strikes, torch.save has its own errors."""
     import resource
 
-    command = [sys.executable, mini_vit.__file__, *TINY.split(), "--dim", "64", "--epochs", "1"]
-    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=60,
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert "mini_vit.py: cannot read or write ([Errno 27] File too large)" in run.stderr.splitlines()[-1]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        code, _, err = command_line(mini_vit, TINY + " --dim 64 --epochs 1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "Traceback" not in err
+    last = err.splitlines()[-1].strip()
+    assert "mini_vit.py: cannot read or write" in last and "--out" in last
+    assert not list(folder("runs").glob("*.part"))
 
 
-@pytest.mark.parametrize("files", [4, 5])
-def test_a_run_that_ends_as_it_saves_loses_no_line_of_its_log(command_line: object,
-                                                              monkeypatch: pytest.MonkeyPatch,
-                                                              tmp_path: Path, files: int) -> None:
-    """An epoch writes three files; this run ends when the second epoch has written one, or two."""
-    options, original, written = f"{TINY} --epochs 2 --out {tmp_path}", common.write, []
-
-    def stops(path: Path, put: object) -> None:
-        if len(written) == files:
-            raise KeyboardInterrupt
-        original(path, put)
-        written.append(path)
-
-    monkeypatch.setattr(common, "write", stops)
-    assert command_line(mini_vit, options)[0] == 130
-    monkeypatch.setattr(common, "write", original)
-    assert command_line(mini_vit, options + " --resume")[0] == 0
-    log = (folder(tmp_path, mini_vit) / "log.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in log] == ["epoch", "1", "2"]
+def test_a_folder_that_cannot_be_written_is_told_before_any_epoch(command_line: Callable) -> None:
+    Path("file").write_text("no folder")
+    code, out, err = command_line(mini_vit, TINY + " --epochs 1 --out file")
+    assert code == 2 and "--out" in err and err.count("\n") == 1 and "epoch 1" not in out
 
 
-def test_a_folder_that_cannot_be_written(command_line: object, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    code, _, err = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path / 'file'}")
-    assert code == 2 and "--out" in err and len(err.splitlines()) == 1  # at once, before any epoch
+# checkpoints of other runs, or none
 
 
 class Code:
@@ -254,50 +462,49 @@ class Code:
         return (os.mkdir, ("ran",))
 
 
-@pytest.mark.parametrize("fault", "empty truncated text code run heads muon weights".split())
-def test_a_bad_checkpoint_is_told(command_line: object, tmp_path: Path, fault: str) -> None:
-    path = folder(tmp_path, mini_vit) / "checkpoint.pt"
-    command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
+def test_a_bad_checkpoint_is_told(command_line: Callable) -> None:
+    command_line(mini_vit, TINY + " --epochs 1")
+    path = folder("runs") / "checkpoint.pt"
     sound, state = path.read_bytes(), torch.load(path, weights_only=True)
     bad = {"empty": b"", "truncated": sound[: len(sound) // 2], "text": b"hello"}
-    path.write_bytes(bad.get(fault, sound))
-    if fault == "code":
-        torch.save({"run": Code()}, path)
-    if fault in state:
-        torch.save(state | {fault: 7}, path)
-    if fault == "weights":
-        torch.save(state["model"], path)
-    code, _, err = command_line(mini_vit, f"{TINY} --epochs 2 --out {tmp_path} --resume")
-    assert code == 2 and str(path) in err and "--" in err and "Traceback" not in err
+    contents = {"code": {"run": Code()}, "run": state | {"run": 7}, "heads": state | {"heads": 7},
+                "muon": state | {"muon": 7}, "weights": state["model"], "list": [1, 2]}
+    for fault in (*bad, *contents):
+        if fault in bad:
+            path.write_bytes(bad[fault])
+        else:
+            torch.save(contents[fault], path)
+        code, _, err = command_line(mini_vit, TINY + " --epochs 1 --resume")
+        assert code == 2 and str(path) in err and "--" in err and err.count("\n") == 1, fault
     assert not Path("ran").exists()
 
 
-def test_other_options_are_told(command_line: object, tmp_path: Path) -> None:
-    """--resume does not go on with what other options have trained, nor hand it out as their result."""
-    options = f"{TINY} --epochs 1 --out {tmp_path}"
+def test_other_options_are_told(command_line: Callable) -> None:
+    """--resume does not go on with what other options have trained, nor hand it out as their
+    result."""
+    options = TINY + " --epochs 1"
     command_line(mini_vit, options)
-    record = next(tmp_path.glob("*/options.json"))
+    record = folder("runs") / "options.json"
     before = record.read_text()
     changed = dict(layers=2, adversarial=1.0, epochs=2, batch_size=50, lr=1e-5, weight_decay=0.5)
     for name, value in changed.items():
-        code, out, err = command_line(mini_vit, f"{options} --resume --{name.replace('_', '-')} {value}")
-        assert code == 2 and "accuracy" not in out and len(err.splitlines()) == 1
+        more = f" --resume --{name.replace('_', '-')} {value}"
+        code, out, err = command_line(mini_vit, options + more)
+        assert code == 2 and "accuracy:" not in out and err.count("\n") == 1
         assert f"was not made with {{'{name}': {value}}}" in err
+    code, _, err = command_line(mini_vit, options + " --evaluate --layers 2")
+    assert code == 2 and "was not made with {'layers': 2}" in err
     assert record.read_text() == before and '"layers": 1' in before
 
 
-def test_a_checkpoint_from_before_an_option_was_there_goes_on(command_line: object, tmp_path: Path) -> None:
-    path = folder(tmp_path, mini_vit) / "checkpoint.pt"
-    command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path}")
-    state = torch.load(path, weights_only=True)
-    del state["adversarial"], state["overlap"]
-    torch.save(state, path)
-    code, out, _ = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path} --resume")
-    assert code == 0 and "epoch 1" not in out and "accuracy" in out
-    code, _, err = command_line(mini_vit, f"{TINY} --epochs 1 --out {tmp_path} --resume --overlap 2")
-    assert code == 2 and "was not made with {'overlap': 2}" in err
-
-
-def test_an_evaluation_of_nothing_is_told(command_line: object, tmp_path: Path) -> None:
-    code, out, err = command_line(mini_vit, f"{TINY} --epochs 0 --resume --out {tmp_path}")
-    assert code == 2 and "accuracy" not in out and "train it first" in err
+@pytest.mark.parametrize("more", ["--evaluate", "--predict digit.png", "--predict digit.png x --muon"])
+def test_where_nothing_was_trained_a_sentence_names_the_command(command_line: Callable,
+                                                                more: str) -> None:
+    code, out, err = command_line(mini_vit, f"{TINY} --epochs 1 {more}")
+    assert code == 2 and "accuracy:" not in out and err.count("\n") == 1
+    command = re.search(r"holds no trained model: first run python (.*)", err)[1]
+    name, *options = shlex.split(command)
+    assert name == mini_vit.__file__
+    assert options == f"{TINY} --epochs 1".split() + ["--muon"] * ("--muon" in more)
+    assert command_line(mini_vit, " ".join(options))[0] == 0
+    assert command_line(mini_vit, f"{TINY} --epochs 1 --evaluate")[0] == 0
