@@ -395,6 +395,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         with open(part, "wb") as file:
             yield file
         part.replace(path)
+    except RuntimeError as error:  # torch.save puts one of its own on top of the disk's
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
     finally:
         part.unlink(missing_ok=True)
 
@@ -424,10 +426,10 @@ class Run:
         self.log: list[list[float]] = []  # of each epoch: loss, accuracy, seconds
         self.started = time.perf_counter()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        steps = len(digits.images) // recipe.batch_size
+        count = len(digits.images)
         print(f"{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}: {parameters:,} parameters, "
-              f"{recipe.device}, {len(digits.images):,} {digits.name} digits, {recipe.epochs} epochs "
-              f"of {steps} steps, seed {recipe.seed}", flush=True)
+              f"{recipe.device}, {count:,} {digits.name} digits, {recipe.epochs} epochs of "
+              f"{count // recipe.batch_size} steps, seed {recipe.seed}", flush=True)
         if recipe.device == "cpu" and not recipe.small:
             print("full size takes a CPU hours: --small takes it minutes", flush=True)
 
@@ -451,7 +453,8 @@ class Run:
         """Ends an epoch: writes log.csv, curve.png, options.json and checkpoint.pt, and prints."""
         if RANK > 0:
             return
-        recipe, seconds = self.recipe, time.perf_counter() - self.started
+        recipe, now = self.recipe, time.perf_counter()
+        seconds, self.started = now - self.started, now
         self.log.append([loss, accuracy, seconds])
         rows = [f"{epoch},{l},{a},{s:.1f}" for epoch, (l, a, s) in enumerate(self.log, start=1)]
         try:
@@ -461,6 +464,7 @@ class Run:
             print(f"{error}: it is written again after the next epoch", file=sys.stderr)
         with whole_file(self.folder / "options.json") as file:
             file.write(json.dumps(asdict(recipe), indent=2).encode())
+        torch.serialization.set_crc32_options(False)  # checksums would take a third of the time
         with whole_file(self.folder / "checkpoint.pt") as file:
             torch.save({"run": self.folder.name, **recipe.sizes(), **recipe.training(),
                         "log": self.log, "model": model.state_dict(),
@@ -470,7 +474,6 @@ class Run:
         print(f"epoch {len(self.log)} of {recipe.epochs}: loss {loss:.4f}, {accuracy:.2%} of the "
               f"{self.data_set} training digits right, {seconds:.1f} s, {left:.0f} minutes left",
               flush=True)
-        self.started = time.perf_counter()
 
     def test(self, model: nn.Module, digits: Digits) -> float:
         """Prints ten answers and the accuracy, which it returns; draws mistakes.png."""
@@ -594,64 +597,69 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
 
 # ---- 6. the command line ------------------------------------------------------------------------
 
-def option(meaning: str, kind: type, default: object = MISSING, least: float = -math.inf,
-           below: float = math.inf) -> object:
+def option(group: str, meaning: str, kind: type, default: object = MISSING,
+           least: float = -math.inf, below: float = math.inf) -> object:
     """A field of Recipe; where it has no default, each script's FULL and SMALL give its value."""
-    return field(default=default, metadata={"meaning": meaning, "kind": kind, "least": least,
-                                            "below": below})
+    return field(default=default, metadata={"group": group, "meaning": meaning, "kind": kind,
+                                            "least": least, "below": below})
 
 @dataclass(kw_only=True)
 class Recipe:
     """A model, its training and a run: each field is an option of the command line. Raises Problem
     for a number that makes no sense."""
+    layers: int = option("model", "layers", int, least=1, below=1000)
+    heads: int = option("model", "attention heads of a layer", int, least=1)
+    dim: int = option("model", "width of a token; a flat image's is 784", int, least=1, below=1e5)
+    patch_size: int = option("model", "side of a patch; a flat image's is 28", int, least=1)
+    overlap: int = option("model", "pixels around a patch that it sees, too", int, 0, 0, 28)
+    dropout: float = option("model", "share of a block's results set to 0", float, 0.0, 0, 1)
+    input_dropout: float = option("model", "share of patches left out, or of a flat image's pixels "
+                                  "greyed", float, 0.0, 0, 1)
 
-    small: bool = option("the small model, on patches, for a CPU", bool, False)
-    layers: int = option("layers of the model", int, least=1, below=1000)
-    heads: int = option("attention heads of a layer", int, least=1)
-    dim: int = option("width of a token; a flat image is 784 wide", int, least=1, below=100_000)
-    patch_size: int = option("side of a patch in pixels; 28 is the flat image", int, least=1)
-    overlap: int = option("pixels around a patch that it also sees", int, 0, 0, 28)
-    dropout: float = option("share of what a block adds that is set to 0", float, 0.0, 0, 1)
-    input_dropout: float = option("share of patches left out, or pixels greyed", float, 0.0, 0, 1)
+    epochs: int = option("training", "times that each digit is learned from", int, least=0)
+    batch_size: int = option("training", "digits in a step", int, least=1)
+    lr: float = option("training", "the highest learning rate", float, least=0)
+    weight_decay: float = option("training", "weight decay of matrices", float, least=0)
+    muon: bool = option("training", "Muon in place of AdamW, for matrices", bool, False)
+    adversarial: float = option("training", "size of a change for the worst with which a digit is "
+                                "learned once more; 1 is a pixel", float, 0.0, 0)
 
-    epochs: int = option("how often the model sees each training digit", int, least=0)
-    batch_size: int = option("digits in a training step", int, least=1)
-    lr: float = option("the highest learning rate", float, least=0)
-    weight_decay: float = option("weight decay, of matrices only", float, least=0)
-    muon: bool = option("Muon in place of AdamW, for matrices", bool, False)
-    adversarial: float = option("learn digits changed for the worst, too", float, 0.0, 0)
-    seed: int = option("what everything random follows from", int, 0, 0, 2**32)
-    seeds: int = option("train so often, with seed, seed + 1, ...", int, 1, 1)
-    validate: bool = option("hold out 5,000 training digits, and test on them", bool, False)
-    dataset: str | None = option("MNIST, FashionMNIST, KMNIST or drawn", str, None)
-
-    reach: int = option("answer with the mean of looks moved by up to X pixels", int, 0, 0, 28)
-    resume: bool = option("go on from the checkpoint of a stopped run", bool, False)
-    evaluate: bool = option("only test what an earlier run has trained", bool, False)
-    predict: list[str] | None = option("pictures to read with an earlier run's model", list, None)
-    out: str = option("folder of the runs", str, "runs")
-    data_dir: str = option("folder of the data sets", str, str(Path(__file__).parent / "data"))
-    workers: int | None = option("processes that augment", int, None, 0)
-    device: str | None = option("cpu, cuda, mps, ...", str, None)
-    compile: bool | None = option("torch.compile the blocks", bool, None)
+    small: bool = option("run", "the small model, on patches, for a CPU", bool, False)
+    seed: int = option("run", "what everything random follows from", int, 0, 0, 2**32)
+    seeds: int = option("run", "train so often, with seed, seed + 1, ...", int, 1, 1)
+    validate: bool = option("run", "test on 5,000 training digits that are held out", bool, False)
+    reach: int = option("run", "answer with the mean of looks, moved by up to so many pixels", int,
+                        0, 0, 28)
+    resume: bool = option("run", "go on with a stopped run", bool, False)
+    evaluate: bool = option("run", "only test what an earlier run has trained", bool, False)
+    predict: list | None = option("run", "pictures to read with an earlier run's model: it answers "
+                                  "with a digit, whatever they show", list, None)
+    out: str = option("run", "folder of the runs", str, "runs")
+    dataset: str | None = option("run", "MNIST, FashionMNIST, KMNIST or drawn", str, None)
+    data_dir: str = option("run", "folder of the data", str, str(Path(__file__).parent / "data"))
+    workers: int | None = option("run", "processes that augment", int, None, 0)
+    device: str | None = option("run", "cpu, cuda, mps, ...", str, None)
+    compile: bool | None = option("run", "torch.compile the model", bool, None)
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value, limits = getattr(self, each.name), each.metadata
             if isinstance(value, (int, float)) and not limits["least"] <= value < limits["below"]:
-                name = each.name.replace("_", "-")
-                raise Problem(f"--{name} {value} makes no sense: choose a number from "
+                raise Problem(f"{flag(each.name)} {value} makes no sense: choose a number from "
                               f"{limits['least']} to below {limits['below']}")
+        if self.dataset not in (None, "MNIST", "FashionMNIST", "KMNIST", "drawn"):
+            raise Problem(f"--dataset {self.dataset} is not known: choose MNIST, FashionMNIST, "
+                          "KMNIST or drawn")
 
     def sizes(self) -> dict:
         """What a model is made from."""
-        names = "layers", "heads", "dim", "patch_size", "overlap", "dropout", "input_dropout"
-        return {name: getattr(self, name) for name in names}
+        return {each.name: getattr(self, each.name) for each in fields(self)
+                if each.metadata["group"] == "model"}
 
     def training(self) -> dict:
         """What its training follows from, besides digits and seed."""
-        names = "epochs", "batch_size", "lr", "weight_decay", "muon", "adversarial"
-        return {name: getattr(self, name) for name in names}
+        return {each.name: getattr(self, each.name) for each in fields(self)
+                if each.metadata["group"] == "training"}
 
     def folder(self, data_set: str) -> Path:
         """The folder of a run on this data set."""
@@ -665,7 +673,9 @@ class Recipe:
             torch.manual_seed(seed)
             yield replace(self, seed=seed)
 
-HEADINGS = {"small": "model", "epochs": "training", "reach": "run"}  # above these options
+def flag(name: str) -> str:
+    """batch_size to --batch-size."""
+    return "--" + name.replace("_", "-")
 
 def choose_device(name: str | None) -> str:
     """The device asked for, or the fastest there is. Raises Problem when it does not work."""
@@ -681,35 +691,35 @@ def choose_device(name: str | None) -> str:
         raise Problem(f"--device {name or '(default)'} does not work here: choose another, such as "
                       "--device cpu") from error
 
-def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
-    """The recipe that the command line asks for: full or small, changed by the options given."""
+def make_parser(about: str, full: Recipe, small: Recipe) -> argparse.ArgumentParser:
+    """An option for each field of Recipe. What is not given is left out of the answer."""
     parser = argparse.ArgumentParser(description=about, usage="%(prog)s [--small] [options]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name) for name in ("model", "training", "run")}
     for each in fields(Recipe):
-        if each.name in HEADINGS:
-            group = parser.add_argument_group(HEADINGS[each.name])
-        name, kind = "--" + each.name.replace("_", "-"), each.metadata["kind"]
+        group, kind = groups[each.metadata["group"]], each.metadata["kind"]
         meaning = each.metadata["meaning"]
-        if kind is list:
-            group.add_argument(name, help=meaning, nargs="+", metavar="PICTURE")
-        elif kind is bool:
-            group.add_argument(name, help=meaning, action=argparse.BooleanOptionalAction)
+        value, small_value = getattr(full, each.name), getattr(small, each.name)
+        if kind is bool:
+            group.add_argument(flag(each.name), help=meaning, action=argparse.BooleanOptionalAction)
+        elif kind is list:
+            group.add_argument(flag(each.name), help=meaning, nargs="+", metavar="PICTURE")
         else:
-            value, small_value = getattr(full, each.name), getattr(small, each.name)
-            if value == small_value:
-                meaning += f" (default {value})"
-            else:
-                meaning += f" (default {value}, with --small {small_value})"
-            group.add_argument(name, help=meaning, type=kind, metavar=kind.__name__)
-    given = vars(parser.parse_args())
+            meaning += f" (default {value})" if value is not None else ""
+            meaning += f" (with --small {small_value})" if value != small_value else ""
+            group.add_argument(flag(each.name), help=meaning, type=kind, metavar=kind.__name__)
+    return parser
+
+def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
+    """The recipe that the command line asks for: full or small, changed by the options given."""
+    given = vars(make_parser(about, full, small).parse_args())
     recipe = replace(small if given.get("small") else full, **given)
     recipe.device = choose_device(recipe.device)
     if recipe.workers is None:  # beside a GPU; on a CPU they would take the cores that train
         recipe.workers = 0 if recipe.device == "cpu" else min(4, os.cpu_count() or 1)
-    if recipe.compile is None:  # it takes a C compiler, and on Windows more than that
-        recipe.compile = recipe.device.startswith("cuda") and os.name == "posix" and (
-            shutil.which("cc") is not None)
+    if recipe.compile is None:  # which takes a C compiler
+        recipe.compile = recipe.device.startswith("cuda") and shutil.which("cc") is not None
     return recipe
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Attention over features with three scales, side by side: python tests/scales.py [scale ...]
 
-Trains two layers of the flat model for one epoch with each scale and the seeds 0, 1 and 2, and tests on the
-5,000 held-out digits. One thread, so that the numbers repeat; about 80 seconds a line on a core.
+Trains two layers of the flat model for one epoch with each scale and the seeds 0, 1 and 2, and
+tests on the 5,000 held-out digits. One thread, so that the numbers repeat; about 80 seconds a line
+on a core.
 """
 
 import sys
@@ -20,18 +21,20 @@ import mini_vit
 SCALES = {"784^-0.5": 784**-0.5, "1": 1.0, "learned": None}
 
 
-class ScaledAttention(common.Attention):
-    """Attention over features with the class's `scale`; None normalises query and key to a root mean square
-    of 1 in each head and learns a scale for it. (XCiT normalises over tokens: with one, only signs stay.)"""
+class ScaledAttention(common.FeatureAttention):
+    """Attention over features with the class's `scale`; None normalises query and key to a root
+    mean square of 1 in each head and learns a scale for it. (XCiT normalises over tokens: with one,
+    only signs stay.)"""
 
-    scale = None
+    scale: float | None = None
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__(dim, heads, qkv_bias)
         self.learned = nn.Parameter(torch.ones(heads, 1, 1)) if self.scale is None else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = map(self.split, (self.query(x), self.key(x), self.value(x)))  # (B, H, d, 1)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        query = self.split(self.query(x))  # (B, H, d, 1)
+        key, value = self.split(self.key(context)), self.split(self.value(context))
         if self.scale is None:
             root = query.shape[-2] ** 0.5
             query, key = (F.normalize(part, dim=-2) * root for part in (query, key))
@@ -42,32 +45,30 @@ class ScaledAttention(common.Attention):
             log_weights = (scale * query[:64] @ key[:64].mT).log_softmax(dim=-1)
             entropy = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
             self.attended = entropy.exp().item()
-        return self.proj(out.reshape(x.shape))
+        return self.proj(out.flatten(1))
 
 
 def measure(name: str, seed: int) -> None:
     ScaledAttention.scale = SCALES[name]
     recipe = replace(mini_vit.FULL, layers=2, adversarial=0.0, epochs=1, batch_size=256,
-                     weight_decay=0.05, seed=seed, device="cpu")
-    _, (images, labels), _ = common.load_digits("MNIST", None)
-    (images, held_out), (labels, truth) = [(x[:-5000], x[-5000:]) for x in (images, labels)]
+                     weight_decay=0.05, seed=seed, device="cpu", dataset="MNIST", validate=True)
+    digits, held_out = common.load_digits(recipe)
     torch.manual_seed(seed)
     model = mini_vit.ViT(**recipe.sizes())
 
     def attended() -> str:
-        common.predict(model, held_out[:64], "cpu")
+        common.predict(model, held_out.images[:64], "cpu")
         return ", ".join(f"{block.attention.attended:.1f}" for block in model.blocks)
 
-    before, steps = attended(), len(images) // recipe.batch_size
-    torch.manual_seed(hash((seed, 0, 0)) % 2**32)  # for dropout, as common.train does
-    batches = mini_vit.plain_batches(images, labels, recipe)
+    before, steps = attended(), len(digits.images) // recipe.batch_size
+    batches = common.plain_batches(digits, recipe, 0)
     optimizers = common.make_optimizers(model, recipe)
-    common.train_epoch(model, batches, steps, optimizers, recipe, epoch=0)
-    probabilities = common.predict(model, held_out, "cpu")
-    accuracy = (probabilities.argmax(dim=1) == truth).float().mean()
-    loss = F.nll_loss(probabilities.log(), truth)
-    print(f"scale {name}, seed {seed}: {accuracy:.2%}, loss {loss:.4f}, features attended in the two layers: "
-          f"{before} before, {attended()} after", end="")
+    common.train_epoch(model, batches, steps, optimizers, recipe, 0)
+    probabilities = common.predict(model, held_out.images, "cpu")
+    accuracy = (probabilities.argmax(dim=1) == held_out.labels).float().mean()
+    loss = F.nll_loss(probabilities.log(), held_out.labels)
+    print(f"scale {name}, seed {seed}: {accuracy:.2%}, loss {loss:.4f}, features attended in the "
+          f"two layers: {before} before, {attended()} after", end="")
     if SCALES[name] is None:
         means = [block.attention.learned.mean().item() for block in model.blocks]
         print(", learned scales:", *(f"{mean:.3f}" for mean in means), end="")
@@ -76,7 +77,7 @@ def measure(name: str, seed: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    common.Attention = ScaledAttention
+    common.FeatureAttention = ScaledAttention  # which Block makes
     for seed in range(3):
         for name in sys.argv[1:] or SCALES:
             measure(name, seed)

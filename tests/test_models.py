@@ -127,16 +127,35 @@ def test_attention_that_is_compiled_is_the_same(kind: type, shape: tuple, contex
 
 
 @every_model
-def test_all_blocks_of_a_model_are_compiled(name: str, flat: bool,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_compiled_is_the_same(name: str, flat: bool) -> None:
+    """All of it in one graph, with one region for all blocks of a kind."""
+    regions = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list) -> object:
+        regions.append(len([name for name, _ in graph.named_children() if "subgraph" in name]))
+        return graph.forward
+
     model, full, small, _ = MODELS[name]
-    compiled = []
-    monkeypatch.setattr(common.Block, "compile", lambda block: compiled.append(block))
-    for compile in (False, True):
-        recipe = common.replace(full if flat else small, layers=2, device="meta", compile=compile)
-        with torch.device("meta"):
-            common.make_ready(model(**recipe.sizes()), recipe)
-        assert len(set(compiled)) == (0 if not compile else 6 if name == "cross" else 2)
+    sizes = {"layers": 2, "dropout": 0.0, "input_dropout": 0.0}
+    model = model(**{**(full if flat else small).sizes(), **sizes})
+    images = torch.randn(3, 1, 28, 28)
+    out, compiled = model(images), torch.compile(model, backend=keep)(images)
+    assert regions == [2 if name == "cross" else 1]
+    torch.testing.assert_close(compiled, out)
+    ahead, parameters = torch.randn_like(out), list(model.parameters())
+    for one, other in zip(torch.autograd.grad(compiled, parameters, ahead),
+                          torch.autograd.grad(out, parameters, ahead), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_is_compiled_only_if_asked_for(compile: bool,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, recipe = [], common.replace(mini_vit.SMALL, device="cpu", compile=compile)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append(self))
+    model = build("mini_vit", flat=False)
+    assert common.make_ready(model, recipe) is model
+    assert compiled == [model] * compile
 
 
 def test_vit_b_16_is_torchvisions() -> None:
@@ -301,7 +320,8 @@ def test_training_leaves_out_patches_of_each_images_own_choice() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_script_has_overlap(name: str) -> None:
     model, _, small, _ = MODELS[name]
-    assert model(**{**small.sizes(), "overlap": 2}).embed.linear.in_features == 11 * 11
+    embed = model(**{**small.sizes(), "overlap": 2}).embed
+    assert embed.linear.in_features == (small.patch_size + 2 * 2) ** 2
 
 
 @every_model

@@ -23,7 +23,7 @@ import mini_vit_crossattn
 
 SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
 TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1 --dropout 0"
-TINY += " --input-dropout 0"
+TINY += " --input-dropout 0 --patch-size 7 --overlap 0 --no-muon"
 
 
 def recipe(**changes: object) -> common.Recipe:
@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step(adversarial: float, call: 
 
 def test_the_log_has_the_mean_loss_and_the_share_of_right_answers() -> None:
     model, digits, options = linear_model(), common.draw_digits(100, seed=0), recipe(lr=0.0)
-    batches, optimizers = common.plain_batches(digits, options, 0), None
+    batches = common.plain_batches(digits, options, 0)
     optimizers = common.make_optimizers(model, options)
     loss, share = common.train_epoch(model, batches, 10, optimizers, options, 0)
     logits = model(common.normalise(digits.images))
@@ -313,13 +313,16 @@ def test_a_seed_repeats_itself_and_another_differs(command_line: Callable, scrip
     assert losses(command_line, script, options + " --seed 1")[0] != first[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_short_run_on_drawn_digits_is_well_above_chance(command_line: Callable,
-                                                          script: object) -> None:
-    code, out, err = command_line(script, TINY + " --layers 2 --dim 32 --epochs 2 --lr 4e-3")
+@pytest.mark.parametrize("script, more", [
+    (mini_vit, " --lr 1e-2 --epochs 8"),
+    *((script, " --muon --lr 2e-2 --epochs 3") for script in SCRIPTS)],
+    ids=lambda part: getattr(part, "__name__", part))
+def test_a_short_run_on_drawn_digits_is_well_above_chance(
+        command_line: Callable, script: object, more: str, few_digits: None) -> None:
+    code, out, err = command_line(script, TINY + " --dim 32 --batch-size 64" + more)
     assert code == 0, err
     accuracy = float(out.splitlines()[-1].split("%")[0].split()[-1])
-    assert accuracy > 30  # 47 to 60 was measured, with seed 0 on one core of an AMD EPYC
+    assert accuracy > 30  # 46 to 60 was measured, with seed 0 on one core of an AMD EPYC
 
 
 @pytest.mark.parametrize("more", ["", " --muon"])
@@ -346,20 +349,39 @@ def test_the_learning_rate_follows_the_schedule_over_all_epochs(
 BOTH = """
 import sys
 import common, mini_vit, mini_vit_augment, torch
+draw = common.draw_digits
+common.draw_digits = lambda count, seed: draw(count // 5, seed)
 for script in (mini_vit, mini_vit_augment):
     sys.argv[0] = script.__file__
     with common.faults_told():
         script.main()
-    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group = lambda: None  # once is enough
 """
 
 
+def test_processes_learn_from_the_mean_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over this process and another, whose gradient is three times as long."""
+    digits, model = common.draw_digits(10, seed=0), linear_model()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        logits = model(common.normalise(digits.images))
+        nn.functional.cross_entropy(logits, digits.labels).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    alone = gradients()
+    monkeypatch.setattr(common, "RANKS", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda gradient: gradient.mul_(1 + 3))
+    common.make_ready(model, recipe(compile=False))
+    torch.testing.assert_close(gradients(), [2 * gradient for gradient in alone])
+
+
 @pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv: PyTorch for Windows has none")
-def test_two_processes_train_as_one_does(command_line: Callable) -> None:
+def test_two_processes_train_as_one_does(command_line: Callable, few_digits: None) -> None:
     """torchrun with two processes on the CPU (gloo), which start once for two scripts. Without
     dropout and augmentation the loss curve is that of one process; augmented, each process has
     random numbers of its own."""
-    options = TINY + " --adversarial 1 --epochs 2 --batch-size 500 --lr 4e-3"
+    options = TINY + " --adversarial 1 --epochs 2 --batch-size 200 --lr 1e-2"
     Path("both.py").write_text(BOTH)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "both.py", *options.split(), "--out", "two"]
@@ -377,7 +399,7 @@ def test_two_processes_train_as_one_does(command_line: Callable) -> None:
             assert same_loss == pytest.approx(loss, rel=near)
             assert same_share == pytest.approx(share, abs=share_near)
     assert done.stdout.count("epoch 1 of 2") == 2  # for each script, one process prints
-    assert done.stdout.count(" of 2000 drawn test digits)") == 2
+    assert done.stdout.count(" of 400 drawn test digits)") == 2
 
 
 def test_a_batch_that_cannot_be_shared_is_told(command_line: Callable,
