@@ -567,7 +567,129 @@ def three_best(row: Tensor) -> str:
     best = row.topk(3)
     return "   ".join(f"{digit} {p:6.1%}" for p, digit in zip(best.values, best.indices))
 
-# PREPARE
+def open_picture(path: Path) -> Tensor:
+    """A picture, upright, its longer side 400 pixels, as floats (h, w, 4) from 0 to 1."""
+    Image.MAX_IMAGE_PIXELS = None  # it warns of pictures that phones take; here is a limit, too
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height <= 250e6:
+                return shrink(picture)
+    except FileNotFoundError as error:
+        raise Problem(f"{path} cannot be read, there is no such file: check its name") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        advice = "save it anew as PNG or JPEG"
+        raise Problem(f"{path} cannot be read as a picture ({error}): {advice}") from error
+    raise Problem(f"{path} is too large, of more than 250 megapixels: save it smaller")
+
+def shrink(picture: Image.Image) -> Tensor:
+    """Does it in steps that need little memory, however many pixels there are."""
+    picture.draft(None, (800, 800))  # a JPEG is decoded at down to an eighth of its size
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode[0] == "I":  # 16 bits a pixel, which convert would cut off at 255
+        picture = picture.convert("F").point(lambda x: x / 257)
+    elif picture.mode in ("1", "P"):  # reduce needs colours, not their numbers in a palette
+        picture = picture.convert("RGBA")
+    picture = picture.reduce(max(1, max(picture.size) // 800)).convert("RGBA")
+    size = [max(1, round(400 * side / max(picture.size))) for side in picture.size]
+    pixels = pil_to_tensor(picture.resize(size)).permute(1, 2, 0) / 255
+    pixels[..., :3] *= pixels[..., 3:]  # what is transparent has no colour
+    return pixels
+
+def edge_of(pixels: Tensor) -> Tensor:
+    """A mask of the outermost rows and columns."""
+    edge = torch.ones(pixels.shape[:2], dtype=torch.bool)
+    edge[1:-1, 1:-1] = False
+    return edge
+
+def find_ink(pixels: Tensor) -> Tensor:
+    """How much each pixel differs from the paper, darker or brighter, (h, w). Paper is a plane, as
+    light may fall off, fitted to the half of the edge that is most like paper: a table or the
+    digit may be there too."""
+    edge = edge_of(pixels)
+    down, right = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in edge.shape), indexing="ij")
+    plane = torch.stack([down, right, torch.ones_like(down)], dim=2)  # (h, w, 3)
+    around, terms = pixels[edge], plane[edge]
+    paper = around.median(dim=0).values
+    for _ in range(5):
+        distance = (around - paper).norm(dim=1)
+        likely = distance <= distance.median()
+        weights = torch.linalg.lstsq(terms[likely], around[likely]).solution  # (3, 4)
+        paper = terms @ weights
+    return (pixels - plane @ weights).norm(dim=2)
+
+def connected_parts(mask: Tensor) -> list[Tensor]:
+    """The connected parts of a mask, each a mask. Every pixel starts with a number of its own,
+    and the largest spreads until nothing changes."""
+    numbers = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
+    while True:
+        spread = F.max_pool2d(numbers[None], 3, stride=1, padding=1)[0] * mask
+        if torch.equal(spread, numbers):
+            return [numbers == number for number in numbers.unique() if number > 0]
+        numbers = spread
+
+def surrounds(part: Tensor, other: Tensor) -> bool:
+    """Whether a part lies above, below, left and right of (most of) another, as a box does."""
+    inside = torch.ones_like(part)
+    for dim in (0, 1):
+        inside &= part.cummax(dim).values & part.flip(dim).cummax(dim).values.flip(dim)
+    return bool((inside & other).sum() > 0.9 * other.sum())
+
+def near(part: Tensor) -> Tensor:
+    """A mask of the rectangle round a part, larger by a quarter: a pen's line may have gaps."""
+    (top, bottom), (left, right) = (part.any(dim).nonzero().aminmax() for dim in (1, 0))
+    reach = max(bottom - top, right - left) // 4
+    box = torch.zeros_like(part)
+    box[max(0, top - reach) : bottom + reach + 1, max(0, left - reach) : right + reach + 1] = True
+    return box
+
+def digit_part(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a mask of ink: the digit, and what else is large, as masks. Not the digit is what touches
+    the edge of the picture far from it, unless the largest part does; what lies along the edge;
+    what surrounds the rest; and what is tiny beside the largest part, and far from it."""
+    # Squares of 4 x 4 pixels are faster; parts that are in neighbouring squares count as one.
+    squares = F.max_pool2d(mask[None].float(), 4, ceil_mode=True)[0] > 0
+    edge, parts = edge_of(squares), connected_parts(squares)
+    whole = max(parts, key=Tensor.sum)
+    along = max(edge.shape) / 4  # a table lies along the edge, a pen's line only crosses it
+    pen = [part for part in parts
+           if part.sum() > whole.sum() / 20 and (part & edge).sum() < along]
+    largest = max(pen or [whole], key=Tensor.sum)
+    large = digit = [part for part in parts if part.sum() > largest.sum() / 20]
+    if not (largest & edge).any():
+        digit = [part for part in large if not (part & edge).any()
+                 or (part & edge).sum() < along and (part & near(largest)).any()]
+    digit = [part for part in digit if not any(surrounds(part, x) for x in digit if x is not part)]
+    kept = torch.stack(digit).any(dim=0)
+    other = torch.stack(large).any(dim=0) & ~kept
+    high, wide = mask.shape
+    return tuple(mask & part.repeat_interleave(4, 0).repeat_interleave(4, 1)[:high, :wide]
+                 for part in (squares & near(kept) & ~other, other))
+
+def place(ink: Tensor) -> Tensor:
+    """Ink (h, w) as bytes (28, 28): in 20 x 20 pixels, its centre of mass in the middle (LeCun et
+    al., 1998)."""
+    ink = (ink / ink.max() - 0.2).clamp(min=0) / 0.8  # the paper's noise becomes black
+    while ink.mean() < 0.3:  # a thin pen's line becomes as wide as MNIST's
+        ink = F.max_pool2d(ink[None], 3, stride=1, padding=1)[0]
+    high, wide = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    ink = F.interpolate(ink[None, None], (high, wide), mode="bilinear", antialias=True)[0, 0]
+    sums = (ink.sum(1) / ink.sum(), ink.sum(0) / ink.sum())
+    centre = [(part * torch.arange(len(part))).sum().item() for part in sums]
+    top, left = (min(max(0, round(13.5 - at)), 28 - len(part)) for at, part in zip(centre, sums))
+    return (255 * F.pad(ink / ink.max(), (left, 28 - wide - left, top, 28 - high - top))).byte()
+
+def prepare(path: Path) -> Tensor:
+    """A picture of a digit, of any size and colours, as bytes (28, 28) like MNIST's: bright on
+    black. Raises Problem for what shows no digit."""
+    ink = find_ink(open_picture(path))
+    smooth = F.avg_pool2d(ink[None], 3, stride=1, padding=1)[0]
+    if smooth.max() < max(0.1, 4 * ink[edge_of(ink)].median()):
+        raise Problem(f"{path} shows no digit: take a picture where it stands out from the paper")
+    digit, other = digit_part(smooth > smooth.max() / 2)
+    soft_edge = F.max_pool2d(other[None].float(), 13, stride=1, padding=6)[0] > 0
+    ink[soft_edge & ~digit] = 0
+    rows, columns = (digit.any(dim).nonzero() for dim in (1, 0))
+    return place(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
 def read_pictures(model: nn.Module, recipe: Recipe) -> None:
     """--predict: the three most probable digits for each picture, and what the model saw of it."""
