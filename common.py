@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -70,18 +69,21 @@ class Attention(nn.Module):
         """(B, N, D) to (B, H, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, split into heads."""
+        query, key, value = self.query(x), self.key(context), self.value(context)
+        return self.split(query), self.split(key), self.split(value)
+
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """How much of each value (a column) goes into each result (a row): (B, H, N, M)."""
-        query = self.split(self.query(x))
-        key = self.split(self.key(context))
+        """How much of each value (a column) goes into each result (a row): the formula's first
+        half, (B, H, N, M), or in FeatureAttention (B, H, d, d)."""
+        query, key, _ = self.project(x, context)
         scores = query @ key.mT / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        query = self.split(self.query(x))
-        key = self.split(self.key(context))
-        value = self.split(self.value(context))
-        out = F.scaled_dot_product_attention(query, key, value)  # never stores all the weights
+        query, key, value = self.project(x, context)
+        out = F.scaled_dot_product_attention(query, key, value)  # both halves; stores no weights
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, H, N, d) to (B, N, D)
 
 class FeatureAttention(Attention):
@@ -92,18 +94,19 @@ class FeatureAttention(Attention):
 
         weights[i, j] = softmax_j(query[i] * key[j]),   out[i] = sum_j weights[i, j] * value[j]
 
-    (for one token, the cross-covariance attention of El-Nouby et al., 2021, arXiv 2106.09681)."""
+    (the square root above is that of the width, here 1). For one token it is the cross-covariance
+    attention of El-Nouby et al. (2021, arXiv 2106.09681)."""
 
     def split(self, x: Tensor) -> Tensor:
         """(B, D) to (B, H, d, 1)."""
         return x.unflatten(-1, (self.heads, -1)).unsqueeze(-1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        value = self.split(self.value(context))
-        if torch.compiler.is_compiling():  # the compiler makes one fast program of the formula
-            out = (self.weights(x, context) * value.mT).sum(dim=-1)  # (B, H, d)
-        else:
-            query, key = self.split(self.query(x)), self.split(self.key(context))
+        query, key, value = self.project(x, context)
+        if torch.compiler.is_compiling():  # the formula; the compiler makes a fast program of it
+            weights = (query * key.mT).softmax(dim=-1)  # (B, H, d, d)
+            out = (weights * value.mT).sum(dim=-1)  # (B, H, d)
+        else:  # the same
             out = F.scaled_dot_product_attention(query, key, value)  # (B, H, d, 1)
         return self.proj(out.flatten(1))  # (B, D)
 
@@ -213,7 +216,7 @@ def load_digits(recipe: Recipe) -> tuple[Digits, Digits]:
                       f"{RANKS}, up to {len(digits.images)}")
     return digits, test_digits
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # AugmentedBatches asks again for each batch of an epoch
 def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """The numbers below `count` in an order that follows from seed and epoch, in whole batches."""
     order = torch.randperm(count, generator=generator(seed, epoch))
@@ -238,7 +241,7 @@ def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
 
     model.to(recipe.device)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)  # CUDA graphs need it in one place
         if RANKS > 1:  # each process sees its share of a batch: all take the mean gradient
             parameter.register_post_accumulate_grad_hook(average)
     if recipe.compile:  # with CUDA graphs: a GPU then does not wait for Python
@@ -353,7 +356,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int,
         loss.backward()
         losses[step] = loss.detach()
         right[step] = (logits.argmax(dim=1) == labels).sum()
-        if recipe.adversarial:
+        if recipe.adversarial:  # whose gradients are added to the first
             learn_worst_neighbours(model, images, labels, recipe.adversarial)
         gradient_norms[step] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -367,8 +370,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int,
     means = torch.stack([losses.mean(), right.sum() / steps / len(labels)])
     if RANKS > 1:
         torch.distributed.all_reduce(means)
-    loss, accuracy = (means / RANKS).tolist()
-    return loss, accuracy
+    return tuple((means / RANKS).tolist())
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
@@ -406,11 +408,11 @@ def load_checkpoint(folder: Path, expected: dict) -> dict:
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        words = [word for word in sys.argv if word not in ("--evaluate", "--resume")]
-        command = shlex.join(itertools.takewhile(lambda word: word != "--predict", words))
-        raise Problem(f"{folder} holds no trained model: first run python {command}") from None
-    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError):
-        raise Problem(f"{path} is damaged: train again, without --resume") from None
+        small = " --small" if "-small" in folder.name else ""
+        raise Problem(f"{folder} holds no trained model: first run python "
+                      f"{folder.name.split('-')[0]}.py{small} and its other options") from None
+    except Exception as error:  # torch raises a dozen kinds
+        raise Problem(f"{path} is damaged: train again, without --resume") from error
     other = {name: value for name, value in expected.items() if state.get(name) != value}
     if other:
         raise Problem(f"{path} was not made with {other}: give its own options, or another --out")
@@ -422,7 +424,8 @@ class Run:
     def __init__(self, recipe: Recipe, model: nn.Module, digits: Digits) -> None:
         self.recipe, self.data_set = recipe, digits.name
         self.folder = recipe.folder(digits.name)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not recipe.evaluate:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.log: list[list[float]] = []  # of each epoch: loss, accuracy, seconds
         self.started = time.perf_counter()
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -553,14 +556,16 @@ def draw_attention(path: Path, model: nn.Module, image: Tensor, recipe: Recipe) 
     predict(model, image[None], recipe.device)
     for hook in hooks:
         hook.remove()
-    shares, ink = torch.cat(weights), torch.zeros(1, 1)
+    strength = torch.cat(weights)
+    if recipe.patch_size < 28:  # of (layers * H, N, N) the class token's row, as a map of patches
+        strength = strength[:, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
+        strength = F.interpolate(strength[None], (28, 28))[0]
+    strength = strength / strength.amax(dim=(1, 2), keepdim=True)
+    colours = 1 - strength.unsqueeze(-1) * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
     if recipe.patch_size < 28:
-        shares = shares[:, 0, 1:].unflatten(-1, (28 // recipe.patch_size, -1))
-        shares, ink = F.interpolate(shares[None], (28, 28))[0], image / 255
-    shares = (shares / shares.amax(dim=(1, 2), keepdim=True)).unsqueeze(-1)
-    paper = 1 - shares * torch.tensor([0.0, 0.5, 1.0])  # from white to orange
+        colours = colours * (1 - image.unsqueeze(-1) / 255)  # the digit, in black
     names = [f"no. {i + 1}, head {j + 1}" for i in range(len(layers)) for j in range(recipe.heads)]
-    draw_sheet(path, (255 * paper * (1 - ink.unsqueeze(-1))).byte(), names, columns=recipe.heads)
+    draw_sheet(path, (255 * colours).byte(), names, columns=recipe.heads)
 
 def three_best(row: Tensor) -> str:
     """The three most probable digits, and how probable they are."""
@@ -576,7 +581,7 @@ def open_picture(path: Path) -> Tensor:
                 return shrink(picture)
     except FileNotFoundError as error:
         raise Problem(f"{path} cannot be read, there is no such file: check its name") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         advice = "save it anew as PNG or JPEG"
         raise Problem(f"{path} cannot be read as a picture ({error}): {advice}") from error
     raise Problem(f"{path} is too large, of more than 250 megapixels: save it smaller")
@@ -694,8 +699,9 @@ def prepare(path: Path) -> Tensor:
 def read_pictures(model: nn.Module, recipe: Recipe) -> None:
     """--predict: the three most probable digits for each picture, and what the model saw of it."""
     folder = recipe.folder(recipe.dataset or "MNIST")
-    if not recipe.dataset and not folder.exists() and recipe.folder("drawn").exists():
-        folder = recipe.folder("drawn")
+    drawn = recipe.folder("drawn")
+    if not recipe.dataset and not folder.exists() and (drawn / "checkpoint.pt").exists():
+        folder = drawn
         print("This model has learned from drawn digits: it knows no handwriting.")
     state = load_checkpoint(folder, {"run": folder.name, **recipe.sizes()})
     model.load_state_dict(state["model"])
@@ -703,7 +709,7 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
     paths, problems = [], []
     for path in map(Path, recipe.predict):
         paths += sorted(path.iterdir()) if path.is_dir() else [path]
-    for path in paths:
+    for number, path in enumerate(paths, start=1):
         try:
             image = prepare(path)
         except Problem as problem:
@@ -713,7 +719,7 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
         print(f"\n{path}:   {three_best(row)}")
         for line in image.tolist():  # two letters a pixel: together about as wide as high
             print("".join(" .:-=+*#%@"[value * 9 // 255] * 2 for value in line).rstrip())
-        draw_attention(folder / f"attention-{path.stem}.png", model, image, recipe)
+        draw_attention(folder / f"attention-{number}-{path.stem}.png", model, image, recipe)
     if problems:
         raise Problem("\n".join(problems))
 
@@ -733,7 +739,8 @@ class Recipe:
     heads: int = option("model", "attention heads of a layer", int, least=1)
     dim: int = option("model", "width of a token; a flat image's is 784", int, least=1, below=1e5)
     patch_size: int = option("model", "side of a patch; a flat image's is 28", int, least=1)
-    overlap: int = option("model", "pixels around a patch that it sees, too", int, 0, 0, 28)
+    overlap: int = option("model", "pixels around a patch that it sees, too", int, default=0,
+                          least=0, below=28)
     dropout: float = option("model", "share of a block's results set to 0", float, 0.0, 0, 1)
     input_dropout: float = option("model", "share of patches left out, or of a flat image's pixels "
                                   "greyed", float, 0.0, 0, 1)
@@ -747,11 +754,12 @@ class Recipe:
                                 "learned once more; 1 is a pixel", float, 0.0, 0)
 
     small: bool = option("run", "the small model, on patches, for a CPU", bool, False)
-    seed: int = option("run", "what everything random follows from", int, 0, 0, 2**32)
-    seeds: int = option("run", "train so often, with seed, seed + 1, ...", int, 1, 1)
+    seed: int = option("run", "what everything random follows from", int, default=0, least=0,
+                       below=2**32)
+    seeds: int = option("run", "train so often, with seed, seed + 1, ...", int, default=1, least=1)
     validate: bool = option("run", "test on 5,000 training digits that are held out", bool, False)
     reach: int = option("run", "answer with the mean of looks, moved by up to so many pixels", int,
-                        0, 0, 28)
+                        default=0, least=0, below=28)
     resume: bool = option("run", "go on with a stopped run", bool, False)
     evaluate: bool = option("run", "only test what an earlier run has trained", bool, False)
     predict: list | None = option("run", "pictures to read with an earlier run's model: it answers "

@@ -1,6 +1,7 @@
 """Pictures: what a run draws, and what a trained model answers to pictures from elsewhere."""
 
 import itertools
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import MNIST
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from test_scripts import few_digits  # noqa: F401 (for all tests below)
+from test_scripts import TINY, few_digits  # noqa: F401 (for all tests below)
 from torch import nn
 
 import common
@@ -19,10 +20,6 @@ import mini_vit
 import mini_vit_augment
 import mini_vit_concat
 import mini_vit_crossattn
-
-TINY = ("--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1 "
-        "--batch-size 100")
-
 
 @pytest.fixture(scope="session")
 def trained(training: tuple[subprocess.Popen, list[str], Path]) -> tuple[list[str], str]:
@@ -192,11 +189,10 @@ RENDERINGS = {
 @pytest.fixture(scope="session")
 def reader(trained: tuple[list[str], str]) -> tuple[nn.Module, common.Digits]:
     """The model of that run, and digits that it has not seen."""
-    name = "MNIST" if MNIST else "drawn"
-    recipe = common.replace(mini_vit_augment.SMALL, dataset=name)
-    model = mini_vit.ViT(**recipe.sizes())
     out = Path(trained[0][trained[0].index("--out") + 1])
-    run = out / f"mini_vit_augment-{name}-small-seed0"
+    run = out / f"mini_vit_augment-{'MNIST' if MNIST else 'drawn'}-small-seed0"
+    recipe = common.Recipe(**json.loads((run / "options.json").read_text()))
+    model = mini_vit.ViT(**recipe.sizes())
     model.load_state_dict(common.load_checkpoint(run, recipe.sizes())["model"])
     return model, common.load_digits(recipe)[1]
 
@@ -273,14 +269,14 @@ def test_pictures_in_every_mode_are_read(mode: str) -> None:
     name = "digit.tif" if mode == "CMYK" else "digit.png"
     digit("black on white").convert(mode, dither=Image.Dither.NONE).save(name)
     one, other = (common.prepare(Path(file)).float() for file in (name, "rgb.png"))
-    assert (one - other).abs().mean() < 0.3 * other.mean()
+    assert (one - other).abs().mean() < 0.6 * other.mean()  # 1 bit: bolder
 
 
 def test_a_picture_is_looked_at_as_often_as_reach_says(command_line: Callable) -> None:
     digit("black on white").save("digit.png")
     assert command_line(mini_vit, TINY)[0] == 0
     out = command_line(mini_vit, TINY + " --reach 2 --predict digit.png")[1]
-    recipe = common.replace(mini_vit.SMALL, layers=1, heads=2, dim=16)
+    recipe = common.replace(mini_vit.SMALL, layers=1, heads=2, dim=16, patch_size=7, overlap=0)
     model = mini_vit.ViT(**recipe.sizes())
     run = Path("runs/mini_vit-drawn-small-seed0")
     model.load_state_dict(common.load_checkpoint(run, recipe.sizes())["model"])
@@ -360,7 +356,8 @@ def test_a_run_draws_its_pictures(command_line: Callable, script: object) -> Non
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_picture_of_attention_shows_the_weights(flat: bool) -> None:
     """A tile of it against the weights that the formula gives."""
-    recipe = common.replace(mini_vit.FULL if flat else mini_vit.SMALL, layers=2, device="cpu")
+    small = common.replace(mini_vit.SMALL, heads=4, dim=64, patch_size=7, overlap=0)
+    recipe = common.replace(mini_vit.FULL if flat else small, layers=2, device="cpu")
     model = mini_vit.ViT(**recipe.sizes()).eval()
     image = common.draw_digits(10, seed=0).images[0]
     common.draw_attention(Path("attention.png"), model, image, recipe)

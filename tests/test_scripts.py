@@ -34,8 +34,8 @@ import mini_vit_crossattn
 
 SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
 MODELS = (mini_vit.ViT, mini_vit_concat.ConcatViT, mini_vit.ViT, mini_vit_crossattn.CrossViT)
-TINY = ("--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1 "
-        "--batch-size 100")
+TINY = ("--device cpu --small --layers 1 --heads 2 --dim 16 --patch-size 7 --overlap 0 "
+        "--dataset drawn --epochs 1 --batch-size 100")
 FILES = ROOT / "README.md", ROOT / ".github" / "measurements.md"
 LAST = r"test accuracy: (\d+\.\d\d)% \((\d+) of (\d+) drawn test digits\)"
 DRAW_ALL = common.draw_digits
@@ -416,20 +416,20 @@ def test_help_says_each_option_with_its_default_in_three_groups(command_line: ob
     assert code == 0 and "a transformer that sees the whole digit" in out
     parts = re.split(r"^(model|training|run):$", out, flags=re.M)
     assert parts[1::2] == ["model", "training", "run"]
-    groups = {"model": ["small", "layers", "heads", "dim", "patch_size", "overlap", "dropout",
+    groups = {"model": ["layers", "heads", "dim", "patch_size", "overlap", "dropout",
                         "input_dropout"],
-              "run": ["reach", "resume", "evaluate", "predict", "out", "data_dir", "workers",
-                      "device", "compile"]}
+              "training": ["epochs", "batch_size", "lr", "weight_decay", "muon", "adversarial"]}
     for field in fields(common.Recipe):
-        group = next((each for each in groups if field.name in groups[each]), "training")
+        group = next((each for each in groups if field.name in groups[each]), "run")
         text = parts[parts.index(group) + 1]
         name = "--" + field.name.replace("_", "-")
         entry = re.search(rf"^  {name}\b(?!-)(.*?)(?=^  --|\Z)", text, re.M | re.S)[1]
+        entry = " ".join(entry.split())
         value, small = getattr(mini_vit.FULL, field.name), getattr(mini_vit.SMALL, field.name)
-        assert field.metadata["meaning"] in " ".join(entry.split())
-        if field.metadata["kind"] in (int, float, str):
-            said = f"(default {value}" + f", with --small {small}" * (small != value) + ")"
-            assert said in " ".join(entry.split())
+        assert field.metadata["meaning"] in entry
+        if field.metadata["kind"] in (int, float, str) and value is not None:
+            assert f"(default {value}" in entry
+            assert (f"with --small {small})" in entry) == (small != value)
 
 
 def test_the_commands_of_readme_and_docstrings_are_understood(
@@ -489,7 +489,7 @@ def test_the_curve_of_a_run_is_that_of_its_log(finished: Finished, tmp_path: Pat
 # the house
 
 
-LIMITS = {"common.py": 800, "README.md": 200, "measurements.md": 150}
+LIMITS = {"common.py": 890, "README.md": 200, "measurements.md": 150}
 LIMITS |= {f"{script.__name__}.py": 150 for script in SCRIPTS}
 
 
