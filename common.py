@@ -608,19 +608,16 @@ def edge_of(pixels: Tensor) -> Tensor:
 
 def find_ink(pixels: Tensor) -> Tensor:
     """How much each pixel differs from the paper, darker or brighter, (h, w). Paper is a plane, as
-    light may fall off, fitted to the half of the edge that is most like paper: a table or the
-    digit may be there too."""
+    light may fall off, fitted to the edge but for what differs like ink: a table, or the digit."""
     edge = edge_of(pixels)
     down, right = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in edge.shape), indexing="ij")
     plane = torch.stack([down, right, torch.ones_like(down)], dim=2)  # (h, w, 3)
-    around, terms = pixels[edge], plane[edge]
-    paper = around.median(dim=0).values
-    for _ in range(5):
-        distance = (around - paper).norm(dim=1)
-        likely = distance <= distance.median()
-        weights = torch.linalg.lstsq(terms[likely], around[likely]).solution  # (3, 4)
-        paper = terms @ weights
-    return (pixels - plane @ weights).norm(dim=2)
+    paper = pixels[edge].median(dim=0).values
+    for _ in range(3):
+        ink = (pixels - paper).norm(dim=2)
+        like_paper = edge & (ink <= torch.maximum(ink.max() / 2, ink[edge].median()))
+        paper = plane @ torch.linalg.lstsq(plane[like_paper], pixels[like_paper]).solution
+    return (pixels - paper).norm(dim=2)
 
 def connected_parts(mask: Tensor) -> list[Tensor]:
     """The connected parts of a mask, each a mask. Every pixel starts with a number of its own,
@@ -648,27 +645,33 @@ def near(part: Tensor) -> Tensor:
     return box
 
 def digit_part(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a mask of ink: the digit, and what else is large, as masks. Not the digit is what touches
-    the edge of the picture far from it, unless the largest part does; what lies along the edge;
-    what surrounds the rest; and what is tiny beside the largest part, and far from it."""
+    """Splits a mask of ink into the digit and the other large parts, two masks. Not part of the
+    digit are: what runs along the picture's edge, like a table; what touches the edge far from the
+    largest part, unless that does, too; a box round the rest; what is tiny and far from it."""
     # Squares of 4 x 4 pixels are faster; parts that are in neighbouring squares count as one.
     squares = F.max_pool2d(mask[None].float(), 4, ceil_mode=True)[0] > 0
     edge, parts = edge_of(squares), connected_parts(squares)
-    whole = max(parts, key=Tensor.sum)
     along = max(edge.shape) / 4  # a table lies along the edge, a pen's line only crosses it
-    pen = [part for part in parts
-           if part.sum() > whole.sum() / 20 and (part & edge).sum() < along]
-    largest = max(pen or [whole], key=Tensor.sum)
-    large = digit = [part for part in parts if part.sum() > largest.sum() / 20]
-    if not (largest & edge).any():
-        digit = [part for part in large if not (part & edge).any()
-                 or (part & edge).sum() < along and (part & near(largest)).any()]
+    whole = max(parts, key=Tensor.sum)
+    lines = [part for part in parts
+             if part.sum() > whole.sum() / 20 and (part & edge).sum() < along]
+    largest = max(lines or [whole], key=Tensor.sum)
+    cut_off = (largest & edge).any()
+
+    def belongs(part: Tensor) -> bool:
+        touching = (part & edge).sum()
+        if part is largest or touching == 0:
+            return True
+        return bool(touching < along and (cut_off or (part & near(largest)).any()))
+
+    large = [part for part in parts if part.sum() > largest.sum() / 20]
+    digit = [part for part in large if belongs(part)]
     digit = [part for part in digit if not any(surrounds(part, x) for x in digit if x is not part)]
     kept = torch.stack(digit).any(dim=0)
     other = torch.stack(large).any(dim=0) & ~kept
-    high, wide = mask.shape
-    return tuple(mask & part.repeat_interleave(4, 0).repeat_interleave(4, 1)[:high, :wide]
-                 for part in (squares & near(kept) & ~other, other))
+    pixels = [part.repeat_interleave(4, 0).repeat_interleave(4, 1)
+              for part in (squares & near(kept) & ~other, other)]
+    return tuple(mask & part[: mask.shape[0], : mask.shape[1]] for part in pixels)
 
 def place(ink: Tensor) -> Tensor:
     """Ink (h, w) as bytes (28, 28): in 20 x 20 pixels, its centre of mass in the middle (LeCun et

@@ -305,8 +305,8 @@ def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: Ca
     read = re.findall(r"^(?:photos.)?(\w+)\.(?:png|jpg):  ( +\d +[\d.]+%){3}$", out, re.M)
     assert sorted(name for name, _ in read) == names
     assert len(re.findall(r"[@%#*+]", out)) > 300
-    drawn = {path.stem for path in Path("runs/mini_vit-drawn-small-seed0").glob("attention-*.png")}
-    assert drawn == {f"attention-{name}" for name in names}
+    drawn = [path.stem for path in Path("runs/mini_vit-drawn-small-seed0").glob("attention-*.png")]
+    assert sorted(stem.split("-")[2] for stem in drawn) == names
     lines = err.removeprefix("mini_vit.py: ").splitlines()
     given[1] = str(Path("photos/text.png"))
     assert len(lines) == len(given)
