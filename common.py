@@ -861,7 +861,8 @@ def faults_told() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, stop)
+    if not BY_TORCHRUN:  # whose processes wait for each other, deaf to all but the end
+        signal.signal(signal.SIGTERM, stop)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     elif hasattr(sys.stdout, "reconfigure"):

@@ -4,7 +4,8 @@
     python mini_vit_augment.py --small     0.2M parameters, for a CPU
 
 Measured on MNIST's test set (seeds 0, 1, 2): 99.577 % +- 0.040, with nine looks at a digit (reach),
-100 epochs in 8 minutes on a shared H100. --small @SMALL@
+100 epochs in 8 minutes on a shared H100. --small 99.49 % +- 0.01, 28 epochs of 16 s on two cores of
+an AMD EPYC.
 
 A big network can learn its training set by heart. So it never sees a picture twice: digits are
 turned, sized, slanted, moved and bent anew, a whole batch in one step; beside a GPU by workers,
@@ -30,8 +31,8 @@ from mini_vit import ViT
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
               reach=1, epochs=100, batch_size=2048, lr=6e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=4, overlap=4, input_dropout=0.5,
-               epochs=16, batch_size=128, lr=5e-3, weight_decay=0.05, muon=True)
+SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7,
+               epochs=28, batch_size=128, lr=2e-3, weight_decay=0.05)
 
 
 def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale: float = 0.1,

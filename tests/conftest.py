@@ -30,13 +30,12 @@ def training(request: pytest.FixtureRequest,
              tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple | None]:
     """A run on one core, of a minute or so, for the tests that need a trained model. It begins
     before all tests, and goes on beside them: its process, its options, and the file with what it
-    prints. Patches of 7 are a third of the script's own 49, and so of the time."""
+    prints."""
     if not any("trained" in item.fixturenames for item in request.session.items):
         yield None
         return
     folder = tmp_path_factory.mktemp("trained")
-    options = ["--small", "--patch-size", "7", "--overlap", "0", "--input-dropout", "0",
-               "--device", "cpu", "--out", str(folder), "--epochs"]
+    options = ["--small", "--device", "cpu", "--out", str(folder), "--epochs"]
     options += ["2", "--dataset", "MNIST"] if MNIST else ["6", "--dataset", "drawn"]
     command = [sys.executable, str(ROOT / "mini_vit_augment.py"), *options]
     with open(folder / "log", "w") as log:
