@@ -240,12 +240,13 @@ def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
         parameter.grad /= RANKS
 
     model.to(recipe.device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # CUDA graphs need it in one place
-        if RANKS > 1:  # each process sees its share of a batch: all take the mean gradient
-            parameter.register_post_accumulate_grad_hook(average)
     if recipe.compile:  # with CUDA graphs: a GPU then does not wait for Python
         model.compile(mode="reduce-overhead")
+    for parameter in model.parameters():
+        if recipe.compile:
+            parameter.grad = torch.zeros_like(parameter)  # the graphs need it in one place
+        if RANKS > 1:  # each process sees its share of a batch: all take the mean gradient
+            parameter.register_post_accumulate_grad_hook(average)
     return model
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -363,7 +364,7 @@ def train_epoch(model: nn.Module, batches: Iterator, steps: int,
             optimizer.param_groups[0]["lr"] = learning_rate(
                 epoch * steps + step, recipe.epochs * steps, recipe.lr)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=not recipe.compile)
         if step % 20 == 0 or step == steps - 1:  # seldom: to read a number is to wait for the GPU
             check_finite(gradient_norms, epoch)
             bar.set_postfix_str(f"loss={losses[step]:.3f}", refresh=False)
