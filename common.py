@@ -875,6 +875,7 @@ def faults_told() -> Iterator[None]:
         code, sentence = 2, str(problem)
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        print(file=sys.stderr)  # below the bar
         words = [word for word in sys.argv if word != "--resume"]
         sentence = f"stopped: go on with python {shlex.join(words)} --resume"
     except (MemoryError, torch.OutOfMemoryError):
