@@ -474,10 +474,11 @@ class Run:
                         "log": self.log, "model": model.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
         draw_curve(self.folder / "curve.png", self.log)
-        left = (recipe.epochs - len(self.log)) * seconds / 60
+        left = f"{(recipe.epochs - len(self.log)) * seconds / 60:.0f} minutes left"
+        if recipe.compile and len(self.log) == 1:  # the first epoch has the compiling in it
+            left = "less than " + left
         print(f"epoch {len(self.log)} of {recipe.epochs}: loss {loss:.4f}, {accuracy:.2%} of the "
-              f"{self.data_set} training digits right, {seconds:.1f} s, {left:.0f} minutes left",
-              flush=True)
+              f"{self.data_set} training digits right, {seconds:.1f} s, {left}", flush=True)
 
     def test(self, model: nn.Module, digits: Digits) -> float:
         """Prints ten answers and the accuracy, which it returns; draws mistakes.png."""
@@ -836,6 +837,7 @@ def make_parser(about: str, full: Recipe, small: Recipe) -> argparse.ArgumentPar
         meaning = each.metadata["meaning"]
         value, small_value = getattr(full, each.name), getattr(small, each.name)
         if kind is bool:
+            meaning += " (with --small the default)" if small_value else ""
             group.add_argument(flag(each.name), help=meaning, action=argparse.BooleanOptionalAction)
         elif kind is list:
             group.add_argument(flag(each.name), help=meaning, nargs="+", metavar="PICTURE")

@@ -22,8 +22,8 @@ from common import (Block, Problem, Recipe, Run, draw_attention, faults_told, lo
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1, input_dropout=0.2,
               adversarial=2.0, epochs=36, batch_size=512, lr=3e-4, weight_decay=2.0)
-SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7, dropout=0.1, input_dropout=0.3,
-               epochs=36, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(layers=4, heads=4, dim=64, patch_size=4, overlap=4, dropout=0.1, input_dropout=0.5,
+               epochs=18, batch_size=128, lr=6e-3, weight_decay=0.1, muon=True)
 
 
 class PatchEmbedding(nn.Module):

@@ -31,8 +31,8 @@ from mini_vit import ViT
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1,
               reach=1, epochs=100, batch_size=2048, lr=6e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=4, heads=4, dim=64, patch_size=7,
-               epochs=28, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(layers=4, heads=4, dim=64, patch_size=4, overlap=4, input_dropout=0.5,
+               epochs=17, batch_size=128, lr=5e-3, weight_decay=0.05, muon=True)
 
 
 def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale: float = 0.1,

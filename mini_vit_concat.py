@@ -20,8 +20,8 @@ from mini_vit import Head, embedding
 
 FULL = Recipe(layers=16, heads=16, dim=784, patch_size=28, dropout=0.2, input_dropout=0.2,
               adversarial=2.0, epochs=16, batch_size=512, lr=2e-4, weight_decay=5.0)
-SMALL = Recipe(small=True, layers=4, heads=4, dim=48, patch_size=7, dropout=0.1, input_dropout=0.3,
-               epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(layers=4, heads=4, dim=32, patch_size=4, overlap=4, input_dropout=0.5,
+               epochs=16, batch_size=128, lr=4e-3, weight_decay=0.03, muon=True)
 
 
 class ConcatViT(nn.Module):

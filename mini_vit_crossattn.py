@@ -21,8 +21,8 @@ from mini_vit_augment import augmented_batches, draw_augmented
 
 FULL = Recipe(layers=12, heads=14, dim=784, patch_size=28, dropout=0.1,
               reach=1, epochs=36, batch_size=2048, lr=6e-4, weight_decay=0.05)
-SMALL = Recipe(small=True, layers=2, heads=4, dim=64, patch_size=7,
-               epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05)
+SMALL = Recipe(layers=2, heads=4, dim=64, patch_size=4, overlap=4, input_dropout=0.5,
+               epochs=13, batch_size=128, lr=7e-3, weight_decay=0.05, muon=True)
 
 
 class CrossBlock(Block):

@@ -255,7 +255,7 @@ def test_a_model_has_its_dropout_in_each_half_of_a_block_and_its_input_dropout(
     if flat:
         assert (embedded == 0).double().mean().item() == pytest.approx(0.25, abs=0.05)
     else:
-        assert embedded.shape[1] == 1 + 12  # of 1 + 16
+        assert embedded.shape[1] == 1 + 37  # of 1 + 49
 
 
 def test_each_block_of_concat_and_its_head_see_the_image_beside_the_stream() -> None:
@@ -283,7 +283,8 @@ def test_each_layer_of_crossattn_asks_its_encoder_of_the_image() -> None:
 
 
 def test_the_order_of_patches_matters_because_of_positions() -> None:
-    model, images = build("mini_vit", flat=False).eval(), torch.randn(2, 1, 28, 28)
+    model = mini_vit.ViT(layers=2, heads=4, dim=64, patch_size=7).eval()
+    images = torch.randn(2, 1, 28, 28)
     turned = images.roll(7, dims=-1)  # the same patches in other places
     assert (model(images) - model(turned)).abs().max() > 1e-3
     nn.init.zeros_(model.embed.positions)
@@ -341,7 +342,8 @@ def test_every_model_overfits_64_digits(name: str, flat: bool) -> None:
     """Of two layers, and without dropout: that takes 4 steps flat, and 24 on patches."""
     model, full, small, _ = MODELS[name]
     recipe = common.replace(full if flat else small, layers=2, dropout=0.0, input_dropout=0.0,
-                            lr=3e-4 if flat else 3e-3, muon=False)
+                            overlap=0, patch_size=28 if flat else 7, lr=3e-4 if flat else 3e-3,
+                            muon=False)
     _, images, labels = common.draw_digits(64, seed=0)
     model, images = model(**recipe.sizes()), common.normalise(images)
     optimizers = common.make_optimizers(model, recipe)

@@ -176,9 +176,12 @@ def test_after_each_epoch_a_run_says_how_long_the_rest_will_take(
     clock = itertools.count(step=50)  # seconds at each look: at the start, and twice an epoch
     monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(mini_vit, "train_epoch", lambda *args: (1.0, 0.5))
-    _, out, _ = command_line(mini_vit, TINY + " --epochs 4")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    _, out, _ = command_line(mini_vit, TINY + " --epochs 4 --seeds 2")
     told = re.findall(r"right, (.*) s, (.*) minutes left", out)
-    assert told == [("50.0", "2"), ("50.0", "2"), ("50.0", "1"), ("50.0", "0")]
+    assert told == [("50.0", "2"), ("50.0", "2"), ("50.0", "1"), ("50.0", "0")] * 2
+    _, out, _ = command_line(mini_vit, TINY + " --epochs 3 --compile")  # in the first epoch
+    assert re.findall(r"50.0 s, (.*) minutes left", out) == ["less than 2", "1", "0"]
 
 
 def test_full_size_on_a_cpu_says_how_long(command_line: object,

@@ -4,15 +4,13 @@ import copy
 import io
 import itertools
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import needs_fork, train_in_two_processes
 from torch import Tensor, nn
 
 import common
@@ -346,19 +344,6 @@ def test_the_learning_rate_follows_the_schedule_over_all_epochs(
 
 # several processes
 
-BOTH = """
-import sys
-import common, mini_vit, mini_vit_augment, torch
-draw = common.draw_digits
-common.draw_digits = lambda count, seed: draw(count // 5, seed)
-for script in (mini_vit, mini_vit_augment):
-    sys.argv[0] = script.__file__
-    with common.faults_told():
-        script.main()
-    torch.distributed.init_process_group = lambda: None  # once is enough
-"""
-
-
 def test_processes_learn_from_the_mean_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum over this process and another, whose gradient is three times as long."""
     digits, model = common.draw_digits(10, seed=0), linear_model()
@@ -376,30 +361,26 @@ def test_processes_learn_from_the_mean_of_their_gradients(monkeypatch: pytest.Mo
     torch.testing.assert_close(gradients(), [2 * gradient for gradient in alone])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv: PyTorch for Windows has none")
-def test_two_processes_train_as_one_does(command_line: Callable, few_digits: None) -> None:
-    """torchrun with two processes on the CPU (gloo), which start once for two scripts. Without
-    dropout and augmentation the loss curve is that of one process; augmented, each process has
-    random numbers of its own."""
-    options = TINY + " --adversarial 1 --epochs 2 --batch-size 200 --lr 1e-2"
-    Path("both.py").write_text(BOTH)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "both.py", *options.split(), "--out", "two"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    for script, near, share_near in (mini_vit, 1e-3, 2e-3), (mini_vit_augment, 0.1, 0.1):
-        assert command_line(script, options + " --out one")[0] == 0
-        run = f"{script.__name__}-drawn-small-seed0"
-        one, two = ([[float(x) for x in line.split(",")] for line in
-                     Path(out, run, "log.csv").read_text().splitlines()[1:]]
-                    for out in ("one", "two"))
-        assert [row[0] for row in one] == [row[0] for row in two] == [1, 2]
-        for (_, loss, share, _), (_, same_loss, same_share, _) in zip(one, two):
-            assert same_loss == pytest.approx(loss, rel=near)
-            assert same_share == pytest.approx(share, abs=share_near)
-    assert done.stdout.count("epoch 1 of 2") == 2  # for each script, one process prints
-    assert done.stdout.count(" of 400 drawn test digits)") == 2
+@needs_fork
+@pytest.mark.parametrize("script, near, share_near", [(mini_vit, 1e-3, 2e-3),
+                                                      (mini_vit_augment, 0.1, 0.1)])
+def test_two_processes_train_as_one_does(start: Callable, command_line: Callable, script: object,
+                                         near: float, share_near: float) -> None:
+    """On the CPU (gloo). Without dropout and augmentation the loss curve is that of one process;
+    augmented, each process has random numbers of its own."""
+    options = TINY + " --validate --adversarial 1 --epochs 2 --batch-size 250 --lr 1e-2 --out "
+    first, second = train_in_two_processes(start, script, options + "two")
+    assert command_line(script, options + "one")[0] == 0
+    run = f"{script.__name__}-drawn-small-validate-seed0"
+    one, two = ([[float(x) for x in line.split(",")] for line in
+                 Path(out, run, "log.csv").read_text().splitlines()[1:]]
+                for out in ("one", "two"))
+    assert [row[0] for row in one] == [row[0] for row in two] == [1, 2]
+    for (_, loss, share, _), (_, same_loss, same_share, _) in zip(one, two):
+        assert same_loss == pytest.approx(loss, rel=near)
+        assert same_share == pytest.approx(share, abs=share_near)
+    assert " of 5000 drawn validation digits)" in first.out.read_text()
+    assert not second.out.read_text()
 
 
 def test_a_batch_that_cannot_be_shared_is_told(command_line: Callable,
