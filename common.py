@@ -538,6 +538,7 @@ def draw_curve(path: Path, log: list[list[float]]) -> None:
             down = [250 - 200 * (value - low) / max(1e-9, high - low) for value in values]
             pen.rectangle((left, 50, left + 300, 250), outline="gray")
             pen.line(list(zip(across, down)), "darkorange", width=3)
+            pen.ellipse((across[-1] - 4, down[-1] - 4, across[-1] + 4, down[-1] + 4), "darkorange")
             for x, y, text in ((left + 150, 25, title), (left - 35, 50, f"{high:.3f}"),
                                (left - 35, 250, f"{low:.3f}"), (left, 270, "epoch 1"),
                                (left + 300, 270, str(len(values)))):
@@ -584,8 +585,7 @@ def open_picture(path: Path) -> Tensor:
     except FileNotFoundError as error:
         raise Problem(f"{path} cannot be read, there is no such file: check its name") from error
     except (OSError, SyntaxError, ValueError) as error:
-        advice = "save it anew as PNG or JPEG"
-        raise Problem(f"{path} cannot be read as a picture ({error}): {advice}") from error
+        raise Problem(f"{path} cannot be read as a picture ({error}): save it as PNG") from error
     raise Problem(f"{path} is too large, of more than 250 megapixels: save it smaller")
 
 def shrink(picture: Image.Image) -> Tensor:
@@ -713,7 +713,10 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
     model.to(recipe.device)
     paths, problems = [], []
     for path in map(Path, recipe.predict):
-        paths += sorted(path.iterdir()) if path.is_dir() else [path]
+        visible = sorted(path.glob("[!.]*"))
+        paths += [file for file in visible if file.is_file()] if path.is_dir() else [path]
+    if not paths:
+        raise Problem(f"{path} is empty: name pictures, or folders that hold some")
     for number, path in enumerate(paths, start=1):
         try:
             image = prepare(path)

@@ -293,6 +293,8 @@ def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: Ca
         digit("black on white").save(name)
     Path("truncated.jpg").write_bytes(Path("digit.jpg").read_bytes()[:2000])
     Path("photos/text.png").write_text("no picture")
+    Path("photos/.DS_Store").write_text("what a Mac leaves in a folder")
+    Path("photos/more").mkdir()
     Image.new("RGB", (200, 100), "white").save("blank.png")
     noise = drawn_on([128] * 3, [128] * 3, noise=20)(Image.new("L", (28, 28)))
     noise.save("noise.png")
@@ -312,6 +314,13 @@ def test_what_is_no_picture_is_told_and_the_others_are_answered(command_line: Ca
     assert len(lines) == len(given)
     for path, line in zip(given, lines):
         assert line.startswith(path + " ") and ": " in line
+
+
+def test_a_folder_without_pictures_is_told(command_line: Callable) -> None:
+    assert command_line(mini_vit, TINY)[0] == 0
+    Path("photos").mkdir()
+    code, out, err = command_line(mini_vit, TINY + " --predict photos")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "photos is empty: " in err
 
 
 def test_a_picture_is_read_whatever_the_model_was_trained_with(command_line: Callable) -> None:
