@@ -713,8 +713,7 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
     model.to(recipe.device)
     paths, problems = [], []
     for path in map(Path, recipe.predict):
-        visible = sorted(path.glob("[!.]*"))
-        paths += [file for file in visible if file.is_file()] if path.is_dir() else [path]
+        paths += sorted(path.glob("[!.]*.*")) if path.is_dir() else [path]
     if not paths:
         raise Problem(f"{path} is empty: name pictures, or folders that hold some")
     for number, path in enumerate(paths, start=1):
