@@ -30,6 +30,7 @@ from typing import IO, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.serialization
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -240,11 +241,9 @@ def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
         parameter.grad /= RANKS
 
     model.to(recipe.device)
-    if recipe.compile:  # with CUDA graphs: a GPU then does not wait for Python
-        model.compile(mode="reduce-overhead")
+    if recipe.compile:
+        model.compile()
     for parameter in model.parameters():
-        if recipe.compile:
-            parameter.grad = torch.zeros_like(parameter)  # the graphs need it in one place
         if RANKS > 1:  # each process sees its share of a batch: all take the mean gradient
             parameter.register_post_accumulate_grad_hook(average)
     return model
@@ -300,7 +299,7 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradients, 0.05)  # the mean over the last twenty steps or so
             steps = orthogonalise(gradients.lerp(momentum, 0.95)) * 0.2 * math.sqrt(max(shape))
             for matrix, step in zip(matrices, steps):
-                matrix.mul_(1 - lr * weight_decay).sub_(step, alpha=lr)
+                matrix.mul_(1 - lr * weight_decay).sub_(lr * step)
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon or AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) for matrices; for the rest AdamW
@@ -337,38 +336,79 @@ def check_finite(gradient_norms: Tensor, epoch: int) -> None:
         number = epoch * len(gradient_norms) + bad[0].item() + 1
         raise Problem(f"the loss is no longer a number in step {number}: choose a lower --lr")
 
-def train_epoch(model: nn.Module, batches: Iterator, steps: int,
-                optimizers: list[torch.optim.Optimizer], recipe: Recipe,
+class TrainingStep:
+    """What is done with each batch of a training.
+
+    A GPU goes through the hundreds of small programs of a step faster than Python can start them.
+    So there the fourth step is recorded, as a CUDA graph; it and all later ones are replays, which
+    take a single call. Recorded programs find their input always in the same place."""
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer],
+                 recipe: Recipe) -> None:
+        self.model, self.optimizers, self.recipe = model, optimizers, recipe
+        self.count, self.graph = 0, None
+
+    def learn(self, images: Tensor, labels: Tensor, lr: float | Tensor) -> Tensor:
+        """Returns three numbers: loss, count of right answers, length of the gradient."""
+        images = normalise(images).requires_grad_(self.recipe.adversarial > 0)
+        with mixed_precision(self.recipe.device):
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        if self.recipe.adversarial:  # whose gradients are added to the first
+            learn_worst_neighbours(self.model, images, labels, self.recipe.adversarial)
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        right = (logits.argmax(dim=1) == labels).sum()
+        return torch.stack([loss.detach(), right, gradient_norm])
+
+    def record(self, images: Tensor, labels: Tensor) -> None:
+        """Records `learn`, without doing it."""
+        self.images, self.labels = images.clone(), labels.clone()
+        self.lr = torch.zeros((), device=images.device)
+        self.graph = torch.cuda.CUDAGraph()
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["capturable"] = True  # AdamW asks for it
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.results = self.learn(self.images, self.labels, self.lr)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["capturable"] = False
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """Does `learn` on a batch from anywhere, recorded where that is possible."""
+        device = self.recipe.device
+        images = images.to(device, non_blocking=images.is_pinned())
+        labels = labels.to(device, non_blocking=labels.is_pinned())
+        self.count += 1
+        if not device.startswith("cuda") or RANKS > 1 or self.count <= 3:
+            return self.learn(images, labels, lr)
+        if self.graph is None:
+            self.record(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.lr.fill_(lr)
+        self.graph.replay()
+        return self.results
+
+def train_epoch(training_step: TrainingStep, batches: Iterator, steps: int, recipe: Recipe,
                 epoch: int) -> tuple[float, float]:
     """Learns from the next `steps` batches. Returns mean loss and the share of right answers."""
-    model.train()
+    training_step.model.train()
     torch.manual_seed(seed_from(recipe.seed, epoch, RANK))  # for dropout and patches left out
-    losses, right, gradient_norms = torch.zeros(3, steps, device=recipe.device)
+    results = torch.zeros(steps, 3, device=recipe.device)  # loss, right answers, gradient's length
     bar = progress_bar(steps, epoch, recipe.batch_size)
     for step in bar:
         images, labels = next(batches)
-        images = images.to(recipe.device, non_blocking=images.is_pinned())
-        labels = labels.to(recipe.device, non_blocking=labels.is_pinned())
-
-        images = normalise(images).requires_grad_(recipe.adversarial > 0)
-        with mixed_precision(recipe.device):
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        losses[step] = loss.detach()
-        right[step] = (logits.argmax(dim=1) == labels).sum()
-        if recipe.adversarial:  # whose gradients are added to the first
-            learn_worst_neighbours(model, images, labels, recipe.adversarial)
-        gradient_norms[step] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(
-                epoch * steps + step, recipe.epochs * steps, recipe.lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=not recipe.compile)
+        lr = learning_rate(epoch * steps + step, recipe.epochs * steps, recipe.lr)
+        results[step] = training_step(images, labels, lr)
         if step % 20 == 0 or step == steps - 1:  # seldom: to read a number is to wait for the GPU
-            check_finite(gradient_norms, epoch)
-            bar.set_postfix_str(f"loss={losses[step]:.3f}", refresh=False)
-    means = torch.stack([losses.mean(), right.sum() / steps / len(labels)])
+            check_finite(results[:, 2], epoch)
+            bar.set_postfix_str(f"loss={results[step, 0]:.3f}", refresh=False)
+    loss, right, _ = results.mean(dim=0)
+    means = torch.stack([loss, right / len(labels)])
     if RANKS > 1:
         torch.distributed.all_reduce(means)
     return tuple((means / RANKS).tolist())
@@ -468,7 +508,9 @@ class Run:
             print(f"{error}: it is written again after the next epoch", file=sys.stderr)
         with whole_file(self.folder / "options.json") as file:
             file.write(json.dumps(asdict(recipe), indent=2).encode())
-        torch.serialization.set_crc32_options(False)  # checksums would take a third of the time
+        saving = torch.utils.serialization.config.save
+        saving.compute_crc32 = False  # checksums would take a third of the time
+        saving.use_pinned_memory_for_d2h = recipe.device.startswith("cuda")  # and this a quarter
         with whole_file(self.folder / "checkpoint.pt") as file:
             torch.save({"run": self.folder.name, **recipe.sizes(), **recipe.training(),
                         "log": self.log, "model": model.state_dict(),
@@ -856,8 +898,9 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     recipe.device = choose_device(recipe.device)
     if recipe.workers is None:  # beside a GPU; on a CPU they would take the cores that train
         recipe.workers = 0 if recipe.device == "cpu" else min(4, os.cpu_count() or 1)
-    if recipe.compile is None:  # which takes a C compiler
-        recipe.compile = recipe.device.startswith("cuda") and shutil.which("cc") is not None
+    if recipe.compile is None:  # which takes a C compiler, and longer than a small model's training
+        recipe.compile = (recipe.device.startswith("cuda") and shutil.which("cc") is not None
+                          and not recipe.small)
     return recipe
 
 @contextmanager

@@ -16,9 +16,9 @@ Dosovitskiy et al. (2020, arXiv 2010.11929).
 import torch
 from torch import Tensor, nn
 
-from common import (Block, Problem, Recipe, Run, draw_attention, faults_told, load_digits,
-                    make_optimizers, make_ready, plain_batches, print_mean, read_options,
-                    read_pictures, train_epoch)
+from common import (Block, Problem, Recipe, Run, TrainingStep, draw_attention, faults_told,
+                    load_digits, make_optimizers, make_ready, plain_batches, print_mean,
+                    read_options, read_pictures, train_epoch)
 
 FULL = Recipe(layers=16, heads=14, dim=784, patch_size=28, dropout=0.1, input_dropout=0.2,
               adversarial=2.0, epochs=36, batch_size=512, lr=3e-4, weight_decay=2.0)
@@ -125,11 +125,12 @@ def main() -> None:
     for recipe in options.each_seed():
         model = make_ready(ViT(**recipe.sizes()), recipe)
         optimizers = make_optimizers(model, recipe)
+        training_step = TrainingStep(model, optimizers, recipe)
         run = Run(recipe, model, digits)
         first_epoch = run.load(model, optimizers)  # not 0 where a stopped run goes on
         batches = plain_batches(digits, recipe, first_epoch)
         for epoch in range(first_epoch, recipe.epochs):
-            loss, accuracy = train_epoch(model, batches, steps, optimizers, recipe, epoch)
+            loss, accuracy = train_epoch(training_step, batches, steps, recipe, epoch)
             run.save(model, optimizers, loss, accuracy)
         accuracies.append(run.test(model, test_digits))
         draw_attention(run.folder / "attention.png", model, test_digits.images[0], recipe)

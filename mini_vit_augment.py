@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import (Digits, Recipe, Run, draw_attention, draw_sheet, faults_told, generator,
-                    load_digits, make_optimizers, make_ready, print_mean, read_options,
+from common import (Digits, Recipe, Run, TrainingStep, draw_attention, draw_sheet, faults_told,
+                    generator, load_digits, make_optimizers, make_ready, print_mean, read_options,
                     read_pictures, shuffled_batches, train_epoch)
 from mini_vit import ViT
 
@@ -123,11 +123,12 @@ def main() -> None:
     for recipe in options.each_seed():
         model = make_ready(ViT(**recipe.sizes()), recipe)
         optimizers = make_optimizers(model, recipe)
+        training_step = TrainingStep(model, optimizers, recipe)
         run = Run(recipe, model, digits)
         first_epoch = run.load(model, optimizers)  # not 0 where a stopped run goes on
         batches = augmented_batches(digits, recipe, first_epoch)
         for epoch in range(first_epoch, recipe.epochs):
-            loss, accuracy = train_epoch(model, batches, steps, optimizers, recipe, epoch)
+            loss, accuracy = train_epoch(training_step, batches, steps, recipe, epoch)
             run.save(model, optimizers, loss, accuracy)
         accuracies.append(run.test(model, test_digits))
         draw_augmented(run.folder / "augmented.png", digits, recipe)

@@ -14,8 +14,9 @@ original image. The digits are augmented as in mini_vit_augment.py.
 import torch
 from torch import Tensor, nn
 
-from common import (Block, Recipe, Run, draw_attention, faults_told, load_digits, make_optimizers,
-                    make_ready, print_mean, read_options, read_pictures, train_epoch)
+from common import (Block, Recipe, Run, TrainingStep, draw_attention, faults_told, load_digits,
+                    make_optimizers, make_ready, print_mean, read_options, read_pictures,
+                    train_epoch)
 from mini_vit import Head, embedding
 from mini_vit_augment import augmented_batches, draw_augmented
 
@@ -83,11 +84,12 @@ def main() -> None:
     for recipe in options.each_seed():
         model = make_ready(CrossViT(**recipe.sizes()), recipe)
         optimizers = make_optimizers(model, recipe)
+        training_step = TrainingStep(model, optimizers, recipe)
         run = Run(recipe, model, digits)
         first_epoch = run.load(model, optimizers)  # not 0 where a stopped run goes on
         batches = augmented_batches(digits, recipe, first_epoch)
         for epoch in range(first_epoch, recipe.epochs):
-            loss, accuracy = train_epoch(model, batches, steps, optimizers, recipe, epoch)
+            loss, accuracy = train_epoch(training_step, batches, steps, recipe, epoch)
             run.save(model, optimizers, loss, accuracy)
         accuracies.append(run.test(model, test_digits))
         draw_augmented(run.folder / "augmented.png", digits, recipe)

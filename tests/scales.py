@@ -62,8 +62,8 @@ def measure(name: str, seed: int) -> None:
 
     before, steps = attended(), len(digits.images) // recipe.batch_size
     batches = common.plain_batches(digits, recipe, 0)
-    optimizers = common.make_optimizers(model, recipe)
-    common.train_epoch(model, batches, steps, optimizers, recipe, 0)
+    training_step = common.TrainingStep(model, common.make_optimizers(model, recipe), recipe)
+    common.train_epoch(training_step, batches, steps, recipe, 0)
     probabilities = common.predict(model, held_out.images, "cpu")
     accuracy = (probabilities.argmax(dim=1) == held_out.labels).float().mean()
     loss = F.nll_loss(probabilities.log(), held_out.labels)

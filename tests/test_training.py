@@ -177,7 +177,8 @@ def test_adversarial_training_learns_the_worst_neighbour_too() -> None:
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
     _, images, labels = common.draw_digits(20, seed=0)
     options = recipe(adversarial=2.0, batch_size=20)
-    common.train_epoch(model, iter([(images, labels)]), 1, [Spy(model.parameters())], options, 0)
+    training_step = common.TrainingStep(model, [Spy(model.parameters())], options)
+    common.train_epoch(training_step, iter([(images, labels)]), 1, options, 0)
     first, second = seen
     torch.testing.assert_close(first, common.normalise(images))
     distances = (0.3081 * (second - first)).flatten(1).norm(dim=1)
@@ -214,16 +215,16 @@ def test_a_loss_that_is_no_number_stops_with_its_step(adversarial: float, call: 
     is not in the log."""
     options = recipe(adversarial=adversarial, epochs=2)
     model, batches = Breaks(call), common.plain_batches(common.draw_digits(100, 0), options, 0)
-    optimizers = common.make_optimizers(model, options)
+    training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
     with pytest.raises(common.Problem, match=f"no longer a number in step {10 * epoch + step}:"):
-        common.train_epoch(model, batches, 10, optimizers, options, epoch)
+        common.train_epoch(training_step, batches, 10, options, epoch)
 
 
 def test_the_log_has_the_mean_loss_and_the_share_of_right_answers() -> None:
     model, digits, options = linear_model(), common.draw_digits(100, seed=0), recipe(lr=0.0)
     batches = common.plain_batches(digits, options, 0)
-    optimizers = common.make_optimizers(model, options)
-    loss, share = common.train_epoch(model, batches, 10, optimizers, options, 0)
+    training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
+    loss, share = common.train_epoch(training_step, batches, 10, options, 0)
     logits = model(common.normalise(digits.images))
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, digits.labels).item())
     assert share == pytest.approx((logits.argmax(1) == digits.labels).float().mean().item())
@@ -237,7 +238,8 @@ def test_gradients_are_clipped() -> None:
     before = model[1].weight.detach().clone()
     batches = common.plain_batches(common.draw_digits(10, seed=0), options, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    common.train_epoch(model, batches, 1, [optimizer], options, 0)
+    training_step = common.TrainingStep(model, [optimizer], options)
+    common.train_epoch(training_step, batches, 1, options, 0)
     assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)
 
 
@@ -261,10 +263,34 @@ def test_each_epoch_seed_and_process_has_dropout_of_its_own(
         monkeypatch.setattr(common, "RANK", rank)
         options = recipe(epochs=2, seed=seed)
         batches = common.plain_batches(digits, options, epoch)
-        optimizers = common.make_optimizers(model, options)
+        training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
         torch.rand(1)
-        common.train_epoch(model, batches, 1, optimizers, options, epoch)
+        common.train_epoch(training_step, batches, 1, options, epoch)
     assert len(set(model.drawn[:8])) == 8 and model.drawn[:8] == model.drawn[8:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_recorded_steps_are_the_steps(flat: bool, muon: bool, compile: bool) -> None:
+    """With dropout, worst neighbours, and other digits and another rate in each step."""
+    script = mini_vit.FULL if flat else mini_vit.SMALL
+    options = common.replace(script, layers=2, batch_size=64, muon=muon, adversarial=1.0, epochs=2,
+                             device="cuda:0", compile=compile)
+    curves = []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        model = common.make_ready(mini_vit.ViT(**options.sizes()), options)
+        training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
+        if not recorded:
+            training_step.count = -1000  # so that all steps are among the first three
+        batches = common.plain_batches(common.draw_digits(1000, seed=0), options, 0)
+        curves.append([common.train_epoch(training_step, batches, 15, options, epoch)
+                       for epoch in range(2)])
+    first, second = (torch.tensor(curve) for curve in curves)
+    torch.testing.assert_close(first, second, rtol=0.02, atol=0.02)
+    assert first[1, 0] < first[0, 0]
 
 
 # answers
