@@ -235,7 +235,7 @@ def plain_batches(digits: Digits, recipe: Recipe, first_epoch: int) -> Iterator:
 # ---- 3. training --------------------------------------------------------------------------------
 
 def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model on its device, compiled if that pays, and bound to its copies on other GPUs."""
+    """The model on its device, compiled if asked for, and bound to its copies on other GPUs."""
     def average(parameter: nn.Parameter) -> None:
         torch.distributed.all_reduce(parameter.grad)
         parameter.grad /= RANKS
@@ -248,10 +248,13 @@ def make_ready(model: nn.Module, recipe: Recipe) -> nn.Module:
             parameter.register_post_accumulate_grad_hook(average)
     return model
 
+def has_bfloat16(device: str) -> bool:
+    """Whether it is a GPU that is made for bfloat16: elsewhere float32 is faster."""
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+
 def mixed_precision(device: str) -> torch.autocast:
-    """bfloat16 on a GPU that is made for it; float32 elsewhere."""
-    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
+    """bfloat16 where that is fast, for matrix products."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bfloat16(device))
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Grows over the first tenth of all steps, then falls along half a cosine."""
@@ -267,7 +270,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # the products below are then small
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.bfloat16() if has_bfloat16(str(x.device)) else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -279,9 +282,9 @@ class Muon(torch.optim.Optimizer):
     """A step of the same length in all directions of a matrix (Jordan et al., 2024,
     kellerjordan.github.io/posts/muon).
 
-    A gradient is often long in a few directions and short in the rest. Made orthogonal, it teaches
-    the rare ones as fast. The step is about as long as AdamW's, so that its learning rates fit (Liu
-    et al., 2025, arXiv 2502.16982). torch.optim.Muon does the same, one matrix after the other."""
+    A gradient is often long in a few directions and short in the rest. Made orthogonal, it is as
+    long in all. The step is about as long as AdamW's, so that its learning rates fit (Liu et al.,
+    2025, arXiv 2502.16982). torch.optim.Muon does the same with one matrix after the other."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -295,11 +298,13 @@ class Muon(torch.optim.Optimizer):
         for shape, matrices in by_shape.items():  # all of one shape in one batch
             gradients = torch.stack([matrix.grad for matrix in matrices])
             state = self.state[matrices[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(gradients))
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradients)
+            momentum = state["momentum"]
             momentum.lerp_(gradients, 0.05)  # the mean over the last twenty steps or so
-            steps = orthogonalise(gradients.lerp(momentum, 0.95)) * 0.2 * math.sqrt(max(shape))
-            for matrix, step in zip(matrices, steps):
-                matrix.mul_(1 - lr * weight_decay).sub_(lr * step)
+            changes = orthogonalise(gradients.lerp(momentum, 0.95)) * 0.2 * math.sqrt(max(shape))
+            for matrix, change in zip(matrices, changes):
+                matrix.mul_(1 - lr * weight_decay).sub_(lr * change)
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon or AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) for matrices; for the rest AdamW
@@ -307,17 +312,17 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     if recipe.muon:
-        first = Muon(matrices, recipe.lr, recipe.weight_decay)
+        main = Muon(matrices, recipe.lr, recipe.weight_decay)
     else:
-        first = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return [first, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
+        main = torch.optim.AdamW(matrices, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return [main, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
 
 def learn_worst_neighbours(model: nn.Module, images: Tensor, labels: Tensor, size: float) -> None:
     """Adds the gradients of images that are changed in the way that raises their loss most: along
     its gradient (Goodfellow et al., 2014, arXiv 1412.6572). A change of size 1 is as long as one
     pixel from black to white, 1 / 0.3081 when normalised."""
     change = F.normalize(images.grad.flatten(1)).view_as(images) * size / 0.3081
-    moved = (images.detach() + change).requires_grad_()  # as before, or it is compiled once more
+    moved = (images.detach() + change).requires_grad_()  # like the first, or it is compiled again
     with mixed_precision(images.device.type):
         loss = F.cross_entropy(model(moved), labels)
     loss.backward()
@@ -337,55 +342,60 @@ def check_finite(gradient_norms: Tensor, epoch: int) -> None:
         raise Problem(f"the loss is no longer a number in step {number}: choose a lower --lr")
 
 class TrainingStep:
-    """What is done with each batch of a training.
+    """What is done with each batch.
 
     A GPU goes through the hundreds of small programs of a step faster than Python can start them.
-    So there the fourth step is recorded, as a CUDA graph; it and all later ones are replays, which
-    take a single call. Recorded programs find their input always in the same place."""
+    So there, after three steps that set everything up, `learn` is recorded as a CUDA graph. From
+    then on Python does not run it any more, it only starts the recording, whose input and results
+    are always in the same places. (Not with several GPUs: that was never tried.)"""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer],
                  recipe: Recipe) -> None:
         self.model, self.optimizers, self.recipe = model, optimizers, recipe
-        self.count, self.graph = 0, None
+        self.count = 0
 
-    def learn(self, images: Tensor, labels: Tensor, lr: float | Tensor) -> Tensor:
+    def learn(self, images: Tensor, labels: Tensor) -> Tensor:
         """Returns three numbers: loss, count of right answers, length of the gradient."""
         images = normalise(images).requires_grad_(self.recipe.adversarial > 0)
         with mixed_precision(self.recipe.device):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
-        if self.recipe.adversarial:  # whose gradients are added to the first
+        if self.recipe.adversarial:  # adds the gradients of a second batch
             learn_worst_neighbours(self.model, images, labels, self.recipe.adversarial)
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
         right = (logits.argmax(dim=1) == labels).sum()
         return torch.stack([loss.detach(), right, gradient_norm])
 
+    def set_options(self, **options: object) -> None:
+        """Sets options of the optimizers."""
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0].update(options)
+
     def record(self, images: Tensor, labels: Tensor) -> None:
         """Records `learn`, without doing it."""
         self.images, self.labels = images.clone(), labels.clone()
-        self.lr = torch.zeros((), device=images.device)
+        self.lr = torch.zeros((), device=images.device)  # a number could not change any more
+        self.set_options(lr=self.lr, capturable=True)  # as AdamW calls it
         self.graph = torch.cuda.CUDAGraph()
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["capturable"] = True  # AdamW asks for it
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.results = self.learn(self.images, self.labels, self.lr)
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["capturable"] = False
+        # thread_local: the loader's own thread may use the GPU meanwhile
+        with (torch.cuda.device(images.device),
+              torch.cuda.graph(self.graph, capture_error_mode="thread_local")):
+            self.results = self.learn(self.images, self.labels)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
-        """Does `learn` on a batch from anywhere, recorded where that is possible."""
+        """One step. Its results are good until the next."""
         device = self.recipe.device
         images = images.to(device, non_blocking=images.is_pinned())
         labels = labels.to(device, non_blocking=labels.is_pinned())
         self.count += 1
         if not device.startswith("cuda") or RANKS > 1 or self.count <= 3:
-            return self.learn(images, labels, lr)
-        if self.graph is None:
+            self.set_options(lr=lr, capturable=False)
+            return self.learn(images, labels)
+        if self.count == 4:
             self.record(images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -788,8 +798,7 @@ class Recipe:
     heads: int = option("model", "attention heads of a layer", int, least=1)
     dim: int = option("model", "width of a token; a flat image's is 784", int, least=1, below=1e5)
     patch_size: int = option("model", "side of a patch; a flat image's is 28", int, least=1)
-    overlap: int = option("model", "pixels around a patch that it sees, too", int, default=0,
-                          least=0, below=28)
+    overlap: int = option("model", "pixels around a patch that it sees, too", int, 0, 0, 28)
     dropout: float = option("model", "share of a block's results set to 0", float, 0.0, 0, 1)
     input_dropout: float = option("model", "share of patches left out, or of a flat image's pixels "
                                   "greyed", float, 0.0, 0, 1)
@@ -803,8 +812,7 @@ class Recipe:
                                 "learned once more; 1 is a pixel", float, 0.0, 0)
 
     small: bool = option("run", "the small model, on patches, for a CPU", bool, False)
-    seed: int = option("run", "what everything random follows from", int, default=0, least=0,
-                       below=2**32)
+    seed: int = option("run", "what everything random follows from", int, 0, 0, 2**32)
     seeds: int = option("run", "train so often, with seed, seed + 1, ...", int, default=1, least=1)
     validate: bool = option("run", "test on 5,000 training digits that are held out", bool, False)
     reach: int = option("run", "answer with the mean of looks, moved by up to so many pixels", int,

@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def be_quiet(worker: int) -> None:
 
 
 def leave(number: int, frame: object) -> None:
-    """Ends a worker without a word."""
+    """Ends a worker without a word; after the main process, if that was told to stop as well."""
+    time.sleep(0.5)
     os._exit(0)
 
 

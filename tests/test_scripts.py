@@ -499,7 +499,7 @@ def test_the_curve_of_a_run_is_that_of_its_log(finished: Finished, tmp_path: Pat
 # the house
 
 
-LIMITS = {"common.py": 890, "README.md": 200, "measurements.md": 150}
+LIMITS = {"common.py": 940, "README.md": 200, "measurements.md": 150}
 LIMITS |= {f"{script.__name__}.py": 150 for script in SCRIPTS}
 
 
