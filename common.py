@@ -370,16 +370,12 @@ class TrainingStep:
         right = (logits.argmax(dim=1) == labels).sum()
         return torch.stack([loss.detach(), right, gradient_norm])
 
-    def set_options(self, **options: object) -> None:
-        """Sets options of the optimizers."""
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0].update(options)
-
     def record(self, images: Tensor, labels: Tensor) -> None:
         """Records `learn`, without doing it."""
         self.images, self.labels = images.clone(), labels.clone()
         self.lr = torch.zeros((), device=images.device)  # a number could not change any more
-        self.set_options(lr=self.lr, capturable=True)  # as AdamW calls it
+        for optimizer in self.optimizers:  # capturable: AdamW asks to be told
+            optimizer.param_groups[0].update(lr=self.lr, capturable=True)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's own thread may use the GPU meanwhile
         with (torch.cuda.device(images.device),
@@ -393,7 +389,8 @@ class TrainingStep:
         labels = labels.to(device, non_blocking=labels.is_pinned())
         self.count += 1
         if not device.startswith("cuda") or RANKS > 1 or self.count <= 3:
-            self.set_options(lr=lr, capturable=False)
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0].update(lr=lr, capturable=False)
             return self.learn(images, labels)
         if self.count == 4:
             self.record(images, labels)
