@@ -2,6 +2,7 @@
 ViT."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -166,6 +167,20 @@ def test_a_model_is_compiled_only_if_asked_for(compile: bool,
     model = build("mini_vit", flat=False)
     assert common.make_ready(model, recipe) is model
     assert compiled == [model] * compile
+
+
+@pytest.mark.parametrize("device, options, compile", [
+    ("cuda:0", "", True), ("cuda:0", "--small", False), ("cuda:0", "--small --compile", True),
+    ("cuda:0", "--no-compile", False), ("cpu", "", False), ("cpu", "--compile", True)])
+def test_full_size_is_compiled_on_a_gpu(device: str, options: str, compile: bool,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "choose_device", lambda name: device)
+    monkeypatch.setattr(common.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(sys, "argv", ["mini_vit.py", *options.split()])
+    assert common.read_options("", mini_vit.FULL, mini_vit.SMALL).compile == compile
+    monkeypatch.setattr(common.shutil, "which", lambda name: None)
+    assert common.read_options("", mini_vit.FULL, mini_vit.SMALL).compile == (
+        "--compile" in options)
 
 
 def test_vit_b_16_is_torchvisions() -> None:

@@ -252,8 +252,8 @@ def test_each_script_trains_its_own_model_on_digits_of_its_kind(
         command_line: object, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def learn(model: object, batches: Iterator, *rest: object) -> tuple[float, float]:
-        given.append((type(model), getattr(batches, "__name__", "augmented")))
+    def learn(step: common.TrainingStep, batches: Iterator, *rest: object) -> tuple[float, float]:
+        given.append((type(step.model), getattr(batches, "__name__", "augmented")))
         return 0.0, 0.0
 
     for script in SCRIPTS:
