@@ -170,6 +170,7 @@ def test_signals_end_a_run_with_a_sentence(start: Callable, number: int, code: i
     options = f"{QUICK} --epochs 1000 --workers 2"
     run = start(mini_vit_augment, options + " --resume" * group)
     run.wait_for("epoch 2 of")
+    time.sleep(0.05)  # a bar that is just being made would print a traceback of tqdm's
     began = time.monotonic()
     if group:
         os.killpg(run.number, number)  # the workers get it, too
