@@ -57,7 +57,7 @@ def training_step(model: nn.Module, images: Tensor, muon: bool = False) -> Calla
     labels = torch.arange(len(images), device=DEVICE) % 10
     model, images = model.to(DEVICE), images.to(DEVICE)
     whole = common.TrainingStep(model, common.make_optimizers(model, recipe), recipe)
-    return lambda: whole.learn(images, labels, recipe.lr)
+    return lambda: whole.learn(images, labels)
 
 
 def beside_torchvision(least: float, quick: bool) -> None:
