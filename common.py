@@ -342,7 +342,7 @@ def check_finite(gradient_norms: Tensor, epoch: int) -> None:
         raise Problem(f"the loss is no longer a number in step {number}: choose a lower --lr")
 
 class TrainingStep:
-    """What is done with each batch.
+    """What is done with each batch: `learn`.
 
     A GPU goes through the hundreds of small programs of a step faster than Python can start them.
     So there, after three steps that set everything up, `learn` is recorded as a CUDA graph. From
