@@ -76,8 +76,8 @@ class Attention(nn.Module):
         return self.split(query), self.split(key), self.split(value)
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """How much of each value (a column) goes into each result (a row): the formula's first
-        half, (B, H, N, M), or in FeatureAttention (B, H, d, d)."""
+        """For draw_attention: how much of each value (a column) goes into each result (a row). The
+        formula's first half, (B, H, N, M), or in FeatureAttention (B, H, d, d)."""
         query, key, _ = self.project(x, context)
         scores = query @ key.mT / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
@@ -107,7 +107,7 @@ class FeatureAttention(Attention):
         if torch.compiler.is_compiling():  # the formula; the compiler makes a fast program of it
             weights = (query * key.mT).softmax(dim=-1)  # (B, H, d, d)
             out = (weights * value.mT).sum(dim=-1)  # (B, H, d)
-        else:  # the same
+        else:  # the same in one call, which stores no weights
             out = F.scaled_dot_product_attention(query, key, value)  # (B, H, d, 1)
         return self.proj(out.flatten(1))  # (B, D)
 
@@ -143,7 +143,7 @@ def normalise(images: Tensor) -> Tensor:
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
 
 def seed_from(*numbers: int) -> int:
-    """A seed that follows from all of these. (torch uses 32 bits of it.)"""
+    """A seed of 32 bits that follows from all of these, in every run the same."""
     return hash(numbers) % 2**32
 
 def generator(*numbers: int) -> torch.Generator:
@@ -271,7 +271,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # the products below are then small
     x = x.bfloat16() if has_bfloat16(str(x.device)) else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
     for _ in range(5):
         square = x @ x.mT
         factor = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b * square + c * square^2
@@ -297,12 +297,13 @@ class Muon(torch.optim.Optimizer):
             by_shape[matrix.shape].append(matrix)
         for shape, matrices in by_shape.items():  # all of one shape in one batch
             gradients = torch.stack([matrix.grad for matrix in matrices])
-            state = self.state[matrices[0]]
+            state = self.state[matrices[0]]  # one for all of this shape
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(gradients)
             momentum = state["momentum"]
             momentum.lerp_(gradients, 0.05)  # the mean over the last twenty steps or so
-            changes = orthogonalise(gradients.lerp(momentum, 0.95)) * 0.2 * math.sqrt(max(shape))
+            ahead = gradients.lerp(momentum, 0.95)  # Nesterov's: this gradient counts once more
+            changes = orthogonalise(ahead) * 0.2 * math.sqrt(max(shape))  # as long as AdamW's
             for matrix, change in zip(matrices, changes):
                 matrix.mul_(1 - lr * weight_decay).sub_(lr * change)
 
@@ -318,11 +319,11 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     return [main, torch.optim.AdamW(rest, recipe.lr, weight_decay=0.0, fused=True)]
 
 def learn_worst_neighbours(model: nn.Module, images: Tensor, labels: Tensor, size: float) -> None:
-    """Adds the gradients of images that are changed in the way that raises their loss most: along
-    its gradient (Goodfellow et al., 2014, arXiv 1412.6572). A change of size 1 is as long as one
-    pixel from black to white, 1 / 0.3081 when normalised."""
+    """Adds to the model's gradients those of a second batch: the images again, each changed in the
+    way that raises its loss most, along its gradient (Goodfellow et al., 2014, arXiv 1412.6572). A
+    change of size 1 is as long as one pixel from black to white, 1 / 0.3081 when normalised."""
     change = F.normalize(images.grad.flatten(1)).view_as(images) * size / 0.3081
-    moved = (images.detach() + change).requires_grad_()  # like the first, or it is compiled again
+    moved = (images.detach() + change).requires_grad_()  # as in learn, or it is compiled again
     with mixed_precision(images.device.type):
         loss = F.cross_entropy(model(moved), labels)
     loss.backward()
@@ -346,8 +347,8 @@ class TrainingStep:
 
     A GPU goes through the hundreds of small programs of a step faster than Python can start them.
     So there, after three steps that set everything up, `learn` is recorded as a CUDA graph. From
-    then on Python does not run it any more, it only starts the recording, whose input and results
-    are always in the same places. (Not with several GPUs: that was never tried.)"""
+    then on Python only starts the recording. Its input and results are always in the same places,
+    but what is random is new each time. (Not with several GPUs: that was never tried.)"""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer],
                  recipe: Recipe) -> None:
@@ -373,8 +374,8 @@ class TrainingStep:
     def record(self, images: Tensor, labels: Tensor) -> None:
         """Records `learn`, without doing it."""
         self.images, self.labels = images.clone(), labels.clone()
-        self.lr = torch.zeros((), device=images.device)  # a number could not change any more
-        for optimizer in self.optimizers:  # capturable: AdamW asks to be told
+        self.lr = torch.zeros((), device=images.device)  # a plain number would be recorded as it is
+        for optimizer in self.optimizers:  # capturable: AdamW's word for recordable
             optimizer.param_groups[0].update(lr=self.lr, capturable=True)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's own thread may use the GPU meanwhile
@@ -389,7 +390,7 @@ class TrainingStep:
         labels = labels.to(device, non_blocking=labels.is_pinned())
         self.count += 1
         if not device.startswith("cuda") or RANKS > 1 or self.count <= 3:
-            for optimizer in self.optimizers:
+            for optimizer in self.optimizers:  # a checkpoint may say that it is capturable
                 optimizer.param_groups[0].update(lr=lr, capturable=False)
             return self.learn(images, labels)
         if self.count == 4:
@@ -423,12 +424,12 @@ def train_epoch(training_step: TrainingStep, batches: Iterator, steps: int, reci
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: str, reach: int = 0) -> Tensor:
     """Probabilities (B, 10), on the CPU, of images (B, 28, 28): the mean over all looks at an image
-    that is moved by up to `reach` pixels, down and to the right."""
+    that is moved by up to `reach` pixels, up or down and left or right."""
     model.eval()
     moves = list(itertools.product(range(-reach, reach + 1), repeat=2))
     total = torch.zeros(len(images), 10)
     for move in moves:
-        look = images.roll(move, dims=(1, 2))
+        look = images.roll(move, dims=(1, 2))  # black edges come in on the other side
         with mixed_precision(device):
             # forward: not compiled, which would take longer than all the answers
             logits = [model.forward(normalise(x.to(device))) for x in look.split(500)]
@@ -783,7 +784,8 @@ def read_pictures(model: nn.Module, recipe: Recipe) -> None:
 
 def option(group: str, meaning: str, kind: type, default: object = MISSING,
            least: float = -math.inf, below: float = math.inf) -> object:
-    """A field of Recipe; where it has no default, each script's FULL and SMALL give its value."""
+    """A field of Recipe, which allows numbers from `least` to below `below`. Where it has no
+    default, each script's FULL and SMALL give its value."""
     return field(default=default, metadata={"group": group, "meaning": meaning, "kind": kind,
                                             "least": least, "below": below})
 
@@ -903,7 +905,7 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     recipe.device = choose_device(recipe.device)
     if recipe.workers is None:  # beside a GPU; on a CPU they would take the cores that train
         recipe.workers = 0 if recipe.device == "cpu" else min(4, os.cpu_count() or 1)
-    if recipe.compile is None:  # which takes a C compiler, and longer than a small model's training
+    if recipe.compile is None:  # it takes longer than it saves a small model
         recipe.compile = (recipe.device.startswith("cuda") and shutil.which("cc") is not None
                           and not recipe.small)
     return recipe

@@ -51,7 +51,8 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     wide, high, slant = 1 + wide * scale, 1 + high * scale, slant * shear
     right, down = right * shift * 2 / size, down * shift * 2 / size  # places go from -1 to 1
     affine = torch.stack([wide * cos, slant - high * sin, right, wide * sin, high * cos, down], 1)
-    # A pixel looks at a place (x, y): both are weighted sums of its own x, its own y, and 1.
+    # A pixel looks at a place (x, y). Each of the two is a sum of its own x, its own y, and 1, by
+    # three of the six weights.
     middle = (2 * torch.arange(size) + 1) / size - 1
     own = torch.stack([middle.repeat(size), middle.repeat_interleave(size), torch.ones(size**2)])
     places = affine.view(2 * count, 3) @ own  # (2 B, 3) @ (3, 784)
@@ -81,6 +82,7 @@ class AugmentedBatches(Dataset):
         epoch, number = divmod(step, self.steps)
         count, recipe = len(self.digits.images), self.recipe
         index = shuffled_batches(count, recipe.batch_size, recipe.seed, epoch)[number]
+        # By its first digit: no other batch of the epoch has it, nor another GPU's share.
         random = generator(recipe.seed, epoch * count + index[0].item())
         return augment(self.digits.images[index], random), self.digits.labels[index]
 
@@ -93,8 +95,8 @@ def be_quiet(worker: int) -> None:
 
 
 def leave(number: int, frame: object) -> None:
-    """Ends a worker without a word; half a second later, when the main process, if that was told to
-    stop as well, needs none of the locks that they share."""
+    """Ends a worker without a word, half a second late: if the main process is to stop as well, it
+    has by then no more use for the locks that they share."""
     threading.Timer(0.5, os._exit, [0]).start()
 
 

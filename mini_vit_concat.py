@@ -33,7 +33,7 @@ class ConcatViT(nn.Module):
         super().__init__()
         flat = patch_size == 28
         self.embed = embedding(dim, patch_size, overlap, input_dropout)
-        self.first = nn.Linear(dim, dim)
+        self.first = nn.Linear(dim, dim)  # in the place of a previous block's output
         self.blocks = nn.ModuleList(
             Block(2 * dim, heads, flat=flat, dropout=dropout) for _ in range(layers))
         self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))

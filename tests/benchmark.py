@@ -1,6 +1,6 @@
 """Speed beside its peers, measured in one run: python tests/benchmark.py [--quick]
 
-Ratios above 1 mean that ours is faster. Let nothing else run meanwhile. Times are medians of steps
+Ratios above 1 mean that ours is faster; Muon's, that it takes longer than AdamW. Let nothing else run meanwhile. Times are medians of steps
 in turn, so that a machine that slows down slows both sides.
 """
 
@@ -194,7 +194,7 @@ def muon_beside_adamw(least: float, quick: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a row of each table")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and readings")
     tables = {"augmentation": augmentation, "loaders": loaders, "flat": flat_model,
               "torchvision": beside_torchvision, "muon": muon_beside_adamw}
     parser.add_argument("--only", choices=tables)
