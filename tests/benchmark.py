@@ -1,7 +1,8 @@
 """Speed beside its peers, measured in one run: python tests/benchmark.py [--quick]
 
-Ratios above 1 mean that ours is faster; Muon's, that it takes longer than AdamW. Let nothing else run meanwhile. Times are medians of steps
-in turn, so that a machine that slows down slows both sides.
+Ratios above 1 mean that ours is faster; in the table of Muon, that it takes longer than AdamW. Let
+nothing else run meanwhile. Times are medians of steps in turn, so that a machine that slows down
+slows both sides.
 """
 
 import argparse
