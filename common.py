@@ -905,7 +905,7 @@ def read_options(about: str, full: Recipe, small: Recipe) -> Recipe:
     recipe.device = choose_device(recipe.device)
     if recipe.workers is None:  # beside a GPU; on a CPU they would take the cores that train
         recipe.workers = 0 if recipe.device == "cpu" else min(4, os.cpu_count() or 1)
-    if recipe.compile is None:  # it takes longer than it saves a small model
+    if recipe.compile is None:  # takes a C compiler, and longer than a small model gains
         recipe.compile = (recipe.device.startswith("cuda") and shutil.which("cc") is not None
                           and not recipe.small)
     return recipe

@@ -51,8 +51,8 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     wide, high, slant = 1 + wide * scale, 1 + high * scale, slant * shear
     right, down = right * shift * 2 / size, down * shift * 2 / size  # places go from -1 to 1
     affine = torch.stack([wide * cos, slant - high * sin, right, wide * sin, high * cos, down], 1)
-    # A pixel looks at a place (x, y). Each of the two is a sum of its own x, its own y, and 1, by
-    # three of the six weights.
+    # A pixel looks at a place (x, y). Both are sums of its own x, its own y, and 1, each times one
+    # of three weights.
     middle = (2 * torch.arange(size) + 1) / size - 1
     own = torch.stack([middle.repeat(size), middle.repeat_interleave(size), torch.ones(size**2)])
     places = affine.view(2 * count, 3) @ own  # (2 B, 3) @ (3, 784)
