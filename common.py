@@ -111,7 +111,8 @@ class FeatureAttention(Attention):
         return self.proj(out.flatten(1))  # (B, D)
 
 class Block(nn.Module):
-    """A pre-norm transformer block. Its input, (B, N, D) or flat (B, D), keeps its shape."""
+    """A pre-norm transformer block. Its input, (B, N, D) or flat (B, D), keeps its shape; unless
+    `class_token_only` is set: then only the first of the N tokens is computed, (B, 1, D)."""
 
     def __init__(self, dim: int, heads: int, *, flat: bool, dropout: float = 0.0,
                  qkv_bias: bool = False) -> None:
@@ -122,11 +123,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
+        self.class_token_only = False
 
     @torch.compiler.nested_compile_region  # all blocks share one compiled version
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.dropout(self.attention(normed, normed))
+        normed = queries = self.norm1(x)
+        if self.class_token_only:  # one query, still all keys and values
+            x, queries = x[:, :1], queries[:, :1]
+        x = x + self.dropout(self.attention(queries, normed))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 # ---- 2. digits and batches ----------------------------------------------------------------------
@@ -451,7 +455,8 @@ class Run:
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
         rows = [f"{epoch},{l},{a},{s:.1f}" for epoch, (l, a, s) in enumerate(self.log, start=1)]
         try:
-            (self.folder / "log.csv").write_text("\n".join(["epoch,loss,accuracy,seconds", *rows, ""]))
+            text = "\n".join(["epoch,loss,accuracy,seconds", *rows, ""])
+            (self.folder / "log.csv").write_text(text)
         except PermissionError as error:  # on Windows, while a spreadsheet has it open
             print(f"{error}: log.csv is written again after the next epoch", file=sys.stderr)
         draw_curve(self.folder / "curve.png", self.log)
@@ -643,9 +648,9 @@ def run_folder(options: Namespace, data_set: str) -> Path:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Around main(): a mistake of the user's, a fault of the machine or Ctrl-C ends the program with
-    one line on stderr. Any other exception is a bug and keeps its traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have letters that Windows cannot print
+    """Around main(): a user's mistake, a fault of the machine or Ctrl-C ends the program with one
+    line on stderr. Any other exception is a bug and keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # for file names that a terminal cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

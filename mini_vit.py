@@ -114,6 +114,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential()
         for _ in range(layers):  # only the paper's queries, keys and values have biases
             self.blocks.append(Block(dim, heads, flat=flat, dropout=dropout, qkv_bias=not flat))
+        self.blocks[-1].class_token_only = not flat  # the head reads no other token
         self.head = Head(dim, classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class ConcatViT(nn.Module):
         self.linear = nn.Linear(dim, dim)  # stands in for the output of a block before the first
         self.blocks = nn.ModuleList(
             Block(2 * dim, heads, flat=flat, dropout=dropout) for _ in range(layers))
+        self.blocks[-1].class_token_only = not flat  # the head reads no other token
         self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))
         self.head = Head(2 * dim)
 
@@ -46,7 +47,7 @@ class ConcatViT(nn.Module):
         h = self.linear(x)
         for block, narrow in zip(self.blocks, self.narrow):
             h = narrow(block(torch.cat([x, h], dim=-1)))  # (..., D) to (..., 2 D) and back
-        return self.head(torch.cat([x, h], dim=-1))
+        return self.head(torch.cat([x[:, : h.shape[1]], h], dim=-1))  # on patches, one token each
 
 
 def main() -> None:

@@ -67,6 +67,7 @@ class CrossViT(nn.Module):
         self.embed = make_embedding(dim, patch_size, overlap, input_dropout)
         self.layers = nn.ModuleList(
             DecoderLayer(dim, heads, flat=flat, dropout=dropout) for _ in range(layers))
+        self.layers[-1].block.class_token_only = not flat  # the head reads no other token
         self.head = Head(dim)
 
     def forward(self, images: Tensor) -> Tensor:
