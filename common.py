@@ -1,15 +1,14 @@
-"""What the four scripts share, bottom-up. Chapter 1 has the building blocks of the models: read it
-first. Chapters 2 and 3 have the data and the optimizers, the rest is plumbing.
+"""What the four scripts share, bottom-up. Read chapter 1 first: it has the building blocks of the
+models. Chapters 2 and 3 have the data and the optimizers. The rest is plumbing.
 
     1  attention and blocks      4  runs: checkpoint, resume, test
     2  digits and batches        5  drawings
     3  training                  6  the command line
 
-Letters in the comments on shapes: B images, N tokens, D width of a token, H heads, d = D / H width
-of a head. `options` are those of the command line: chapter 6.
+Shapes in the comments: B images, N tokens, D width of a token, H heads, d = D / H width of a head.
+`options` are those of the command line (chapter 6).
 """
 
-import gzip
 import itertools
 import math
 import os
@@ -18,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from argparse import (ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError,
@@ -34,7 +34,6 @@ import torch.utils.serialization
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -49,9 +48,9 @@ class Attention(nn.Module):
 
         weights = softmax(query @ key^T / sqrt(d)),   out = weights @ value
 
-    Queries come from x (B, N, D), keys and values from context (B, M, D): in self-attention, x
-    again. Each head works on d of the D features. The result has the shape of x. Raises UserError
-    if the heads do not divide the width."""
+    Queries come from x (B, N, D), keys and values from context (B, M, D). In self-attention, the
+    context is x. Each head works on d of the D features. The result has the shape of x. Raises
+    UserError if the heads do not divide the width."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -74,15 +73,15 @@ class Attention(nn.Module):
         return self.split(query), self.split(key), self.split(value)
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """The formula's first half, for draw_attention: how much of each value (a column) goes into
-        each result (a row). (B, H, N, M), or (B, H, d, d) in FeatureAttention."""
+        """The weights of the formula, for draw_attention: how much of each value (a column) goes
+        into each result (a row). (B, H, N, M), or (B, H, d, d) in FeatureAttention."""
         query, key, _ = self.project(x, context)
         scores = query @ key.mT / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         query, key, value = self.project(x, context)
-        out = F.scaled_dot_product_attention(query, key, value)  # both halves; stores no weights
+        out = F.scaled_dot_product_attention(query, key, value)  # the formula, in one call
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, H, N, d) to (B, N, D)
 
 class FeatureAttention(Attention):
@@ -93,8 +92,8 @@ class FeatureAttention(Attention):
 
         weights[i, j] = softmax_j(query[i] * key[j]),   out[i] = sum_j weights[i, j] * value[j]
 
-    (the square root above is that of the width, here 1). For one token it is the cross-covariance
-    attention of El-Nouby et al. (2021, arXiv 2106.09681)."""
+    (a token's width is 1 here, so nothing is divided by its root). For one image token, this is the
+    cross-covariance attention of El-Nouby et al. (2021, arXiv 2106.09681)."""
 
     def split(self, x: Tensor) -> Tensor:
         """(B, D) to (B, H, d, 1)."""
@@ -104,7 +103,7 @@ class FeatureAttention(Attention):
         query, key, value = self.project(x, context)
         # Both branches compute the formula above. Which one is faster depends on the compiler.
         if torch.compiler.is_compiling():  # it fuses these two lines into one kernel
-            weights = (query * key.mT).softmax(dim=-1)  # (B, H, d, d)
+            weights = (query * key.mT).softmax(dim=-1)  # (B, H, d, 1) * (B, H, 1, d)
             out = (weights * value.mT).sum(dim=-1)  # (B, H, d)
         else:  # one call, which stores no weights
             out = F.scaled_dot_product_attention(query, key, value)  # (B, H, d, 1)
@@ -125,11 +124,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.class_token_only = False
 
-    @torch.compiler.nested_compile_region  # all blocks share one compiled version
+    @torch.compiler.nested_compile_region  # blocks that are alike are compiled once
     def forward(self, x: Tensor) -> Tensor:
         normed = queries = self.norm1(x)
-        if self.class_token_only:  # one query, still all keys and values
-            x, queries = x[:, :1], queries[:, :1]
+        if self.class_token_only:  # one query, but still all keys and values
+            x, queries = x[:, :1], normed[:, :1]
         x = x + self.dropout(self.attention(queries, normed))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -141,13 +140,13 @@ class Digits(NamedTuple):
     images: Tensor
     labels: Tensor
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """Bytes (B, 28, 28) to floats (B, 1, 28, 28) of mean 0 and variance 1 over MNIST's pixels."""
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
 
 def seed_from(*numbers: int) -> int:
-    """A seed below 2^32 made from these numbers. (Python hashes whole numbers alike in every run;
-    only the hashes of text change.)"""
+    """A seed below 2^32, made from these numbers. (The hash of integers is the same in every run;
+    only the hashes of text differ.)"""
     return hash(numbers) % 2**32
 
 def generator(*numbers: int) -> torch.Generator:
@@ -160,21 +159,25 @@ def draw_digits(count: int, seed: int) -> Digits:
     font = ImageFont.load_default(24)
     for digit in range(10):
         ImageDraw.Draw(page).text((14, 28 * digit + 14), str(digit), 255, font, anchor="mm")
-    ten, labels = pil_to_tensor(page).float().view(10, 1, 28, 28), torch.arange(count) % 10
+    ten = pil_to_tensor(page).float().view(10, 1, 28, 28)
+    labels = torch.arange(count) % 10
     affine = torch.eye(2, 3) + 0.15 * torch.randn(count, 2, 3, generator=generator(seed))
     grid = F.affine_grid(affine, [count, 1, 28, 28], align_corners=False)
     images = F.grid_sample(ten[labels], grid, align_corners=False)
     return Digits("drawn", images.squeeze(1).byte(), labels)
 
-def unpack(source: type, folder: Path) -> None:
-    """Unpacks the .gz files that are there, as torchvision would. But it would let a second run,
-    started at the same time, read a file that is only half written."""
-    for file, md5 in source.resources:
-        packed = folder / file
-        unpacked = packed.with_suffix("")
-        if not unpacked.exists() and check_integrity(packed, md5):
-            with atomic_write(unpacked) as output:
-                output.write(gzip.decompress(packed.read_bytes()))
+def fetch(source: type, folder: Path) -> None:
+    """Unpacks the .gz files of a data set, or downloads them first, in a temporary folder, and then
+    moves all files into `folder`: so two runs that start at once never read half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent.parent) as temporary:
+        raw = Path(temporary, source.__name__, "raw")
+        raw.mkdir(parents=True)
+        for packed in folder.glob("*.gz"):
+            shutil.copy(packed, raw)
+        source(temporary, download=True)  # torchvision checks the .gz files, and unpacks them
+        for file in raw.iterdir():
+            file.replace(folder / file.name)
 
 def find_digits(name: str, data_dir: Path) -> tuple[Digits, Digits]:
     """The training and test set `name`, from disk or else from the network. Where MNIST is neither
@@ -182,21 +185,24 @@ def find_digits(name: str, data_dir: Path) -> tuple[Digits, Digits]:
     if name == "drawn":
         return draw_digits(10_000, seed=0), draw_digits(2_000, seed=1)
     source = getattr(torchvision.datasets, name)
-    folder = data_dir / name
-    on_disk = any(path.is_file() for path in folder.rglob("[!.]*"))
+    folder = data_dir / name / "raw"
+    files = [file for file, md5 in source.resources]
+    on_disk = any(path.is_file() for path in folder.parent.rglob("[!.]*"))  # not .DS_Store
     socket.setdefaulttimeout(30)  # seconds to wait for a server's answer
     try:
-        unpack(source, folder / "raw")
-        train = source(data_dir, train=True, download=True)
-        test = source(data_dir, train=False, download=True)
+        if not all((folder / file).with_suffix("").exists() for file in files):
+            fetch(source, folder)
+        train, test = source(data_dir, train=True), source(data_dir, train=False)
     except PermissionError:
-        raise  # the files may be sound: report_errors says which of them may not be opened
+        raise  # the files may be sound: report_errors says which one may not be opened
     except Exception as error:  # torchvision raises many kinds
-        files = ", ".join(file for file, md5 in source.resources)
-        problem = (f"{name} cannot be {'read' if on_disk else 'downloaded'} "
-                   f"({type(error).__name__}: {' '.join(str(error).split())}): delete {folder} and "
-                   f"all in it to download it again, or put {files} into {folder / 'raw'}")
-        if on_disk or name != "MNIST":
+        reason = f"({type(error).__name__}: {' '.join(str(error).split())})"
+        put = f"put {', '.join(files)} into {folder}"
+        if on_disk:
+            raise UserError(f"{name} cannot be read {reason}: delete {folder.parent} to download "
+                            f"it again, or {put} and nothing else") from error
+        problem = f"{name} cannot be downloaded {reason}: {put}, or choose --dataset drawn"
+        if name != "MNIST":
             raise UserError(problem) from error
         print(f"{'!' * 99}\nWARNING: {problem}\nThis run uses DRAWN digits instead, which say "
               f"nothing about MNIST.\n{'!' * 99}", file=sys.stderr)
@@ -216,15 +222,15 @@ def load_digits(options: Namespace) -> tuple[Digits, Digits]:
     return train_set, test_set
 
 def shuffled_indices(count: int, options: Namespace, first_epoch: int) -> Iterator:
-    """For each step of training, its epoch and the indices of its digits. Every epoch has an order
-    of its own and leaves out what does not fill a batch."""
+    """For each training step, its epoch and the indices of its digits, a list. Every epoch has its
+    own order, and drops the last, incomplete batch."""
     for epoch in range(first_epoch, options.epochs):
         order = torch.randperm(count, generator=generator(options.seed, epoch))
         for indices in order.split(options.batch_size)[: count // options.batch_size]:
             yield epoch, indices.tolist()
 
 def plain_batches(digits: Digits, options: Namespace, first_epoch: int) -> Iterator:
-    """Batches of images and labels, epoch after epoch. All digits lie on the device (47 MB)."""
+    """Batches of images and labels for all epochs. The whole data set is on the device (47 MB)."""
     images, labels = digits.images.to(options.device), digits.labels.to(options.device)
     for _, indices in shuffled_indices(len(images), options, first_epoch):
         yield images[indices], labels[indices]
@@ -237,13 +243,13 @@ def mixed_precision(device: torch.device) -> torch.autocast:
                     and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device.type, torch.bfloat16, enabled=built_for_it)
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices (count, rows, columns) with the same singular vectors, and singular values near 1.
     Each of five Newton-Schulz steps maps a singular value s to a*s + b*s^3 + c*s^5, which raises
-    the small ones most. It takes matrix products only."""
+    the small ones most. It needs only matrix products."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # the products below are then small
+    x = matrices.mT if tall else matrices  # makes x @ x.mT the smaller square
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
     with mixed_precision(x.device):
         for _ in range(5):
@@ -257,7 +263,7 @@ class Muon(torch.optim.Optimizer):
     kellerjordan.github.io/posts/muon).
 
     A gradient is often large in a few directions and small in the rest; after orthogonalisation it
-    is equally large in all. The step's norm is about that of AdamW's, so that the same learning
+    is equally large in all. The norm of a step is about the same as AdamW's, so the same learning
     rates fit (Liu et al., 2025, arXiv 2502.16982). torch.optim.Muon does the same, one matrix at a
     time; here all matrices of a shape form one batch."""
 
@@ -272,21 +278,21 @@ class Muon(torch.optim.Optimizer):
             by_shape[matrix.shape].append(matrix)
         for shape, matrices in by_shape.items():
             gradients = torch.stack([matrix.grad for matrix in matrices])
-            state = self.state[matrices[0]]  # the first matrix keeps the momentum of all of them
+            state = self.state[matrices[0]]  # holds the momentum of all: (count, rows, columns)
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(gradients)
             momentum = state["momentum"]
             momentum.lerp_(gradients, 0.05)  # a mean over about the last twenty steps
-            ahead = gradients.lerp(momentum, 0.95)  # Nesterov: this gradient counts once more
-            changes = orthogonalise(ahead) * 0.2 * math.sqrt(max(shape))  # AdamW's norm
+            ahead = gradients.lerp(momentum, 0.95)  # Nesterov: the gradient counts once more
+            changes = orthogonalize(ahead) * 0.2 * math.sqrt(max(shape))  # AdamW's norm
             for matrix, change in zip(matrices, changes):
                 matrix.mul_(1 - lr * weight_decay).sub_(lr * change)
 
 def make_optimizers(model: nn.Module, lr: Tensor, options: Namespace) -> list:
     """Muon or AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) for the matrices; for the rest
     AdamW without weight decay. They share the learning rate `lr`, a tensor on the device."""
-    capturable = options.device.type == "cuda"  # by a CUDA graph
-    # With capturable, AdamW warns of steps outside of a graph. CudaGraph takes three of them.
+    capturable = options.device.type == "cuda"  # needed for CudaGraph, below
+    # A capturable AdamW warns of steps outside a graph, but the first three have to be.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
@@ -303,8 +309,8 @@ class CudaGraph:
     A step launches hundreds of small kernels, and a GPU runs them faster than Python can launch
     them. So on a GPU, after three plain steps in which everything is set up, this captures the step
     as a CUDA graph, and from then on replays the graph: one launch for all kernels. A graph reads
-    its input from the same memory each time and writes its result to the same memory, so a result
-    is good until the next step. Random numbers are new in each replay."""
+    its inputs from the same memory each time, and writes its results to the same memory, so results
+    are valid until the next step. Random numbers are new in each replay."""
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.step = step
@@ -322,7 +328,7 @@ class CudaGraph:
         return self.metrics
 
     def capture(self, images: Tensor, labels: Tensor) -> None:
-        """Captures the step's kernels without running them."""
+        """Captures the kernels of a step without running them."""
         self.images, self.labels = images.clone(), labels.clone()
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the data loader's own thread may use the GPU meanwhile
@@ -332,10 +338,11 @@ class CudaGraph:
 
 def progress_bar(steps: int, epoch: int, batch_size: int) -> tqdm:
     """Counts the steps of an epoch on stderr, if that is a terminal and TQDM_DISABLE is not set."""
+    shown = sys.stderr and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
     return tqdm(range(steps), f"epoch {epoch + 1}", leave=False, unit=" images",
-                unit_scale=batch_size, disable=bool(os.environ.get("TQDM_DISABLE")) or None)
+                unit_scale=batch_size, disable=not shown)
 
-def show_loss(bar: tqdm, metrics: Tensor) -> None:
+def check_and_show(bar: tqdm, metrics: Tensor) -> None:
     """Shows the loss of an epoch's latest step. `metrics` (steps so far, 3) are loss, accuracy and
     gradient norm. Raises UserError if a step's gradient was infinite or NaN."""
     bad = (~metrics[:, 2].isfinite()).nonzero()
@@ -348,7 +355,8 @@ def show_loss(bar: tqdm, metrics: Tensor) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to. It gets its name when it is complete: a run may stop at any moment."""
+    """Opens a file for writing that gets its name only when it is complete, since a run may be
+    stopped at any moment."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -363,7 +371,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 def load_checkpoint(folder: Path, expected: dict) -> dict:
     """A run's checkpoint. Raises UserError if there is none, it is corrupt, or it does not have the
-    expected values; OSError if it may not be read."""
+    expected values; PermissionError if it may not be read."""
     path = folder / "checkpoint.pt"
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -371,7 +379,7 @@ def load_checkpoint(folder: Path, expected: dict) -> dict:
         script = folder.name.split("-")[0]
         raise UserError(f"{folder} holds no trained model: train one first, with python "
                         f"{script}.py and the same options") from None
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:  # torch raises a dozen kinds
         raise UserError(f"{path} is corrupt: train again, without --resume") from error
@@ -392,7 +400,7 @@ def predict(model: nn.Module, images: Tensor, device: torch.device, tta: int = 0
         shifted = images.roll(shift, dims=(1, 2))  # black borders come in on the other side
         with mixed_precision(device):
             # forward: not compiled, since compiling would take longer than all predictions
-            logits = [model.forward(normalise(x.to(device))) for x in shifted.split(500)]
+            logits = [model.forward(normalize(x.to(device))) for x in shifted.split(500)]
         total += torch.cat(logits).float().softmax(dim=1).cpu()
     return total / len(shifts)
 
@@ -404,73 +412,75 @@ def three_best(probabilities: Tensor) -> str:
 class Run:
     """A training run: its folder, its log, and the checkpoint from which it can be resumed."""
 
-    def __init__(self, options: Namespace, train_set: Digits) -> None:
+    def __init__(self, options: Namespace, train_set: Digits, model: nn.Module,
+                 optimizers: list[torch.optim.Optimizer]) -> None:
         self.options, self.train_set = options, train_set
+        self.model, self.optimizers = model, optimizers
         self.folder = run_folder(options, train_set.name)
         self.trained_with = {"run": self.folder.name, **model_options(options),
                              **training_options(options)}
         self.log: list[list[float]] = []  # for each epoch: loss, accuracy, seconds
+        self.epoch_began = time.perf_counter()
 
-    def start(self, model: nn.Module) -> None:
+    def start(self) -> None:
         """Makes the folder and prints what will be trained."""
         self.folder.mkdir(parents=True, exist_ok=True)
         options, count = self.options, len(self.train_set.images)
         size, other = ("small", "--no-small") if options.small else ("full-size", "--small")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}: the {size} model "
               f"({other} trains the other), {parameters:,} parameters, on {options.device}")
         print(f"{count:,} {self.train_set.name} digits, {options.epochs} epochs of "
               f"{count // options.batch_size} steps, seed {options.seed}", flush=True)
         if options.device.type == "cpu" and not options.small:
             print("full size takes hours on a CPU: --small takes minutes", flush=True)
-        self.epoch_began = time.perf_counter()
 
-    def resume(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-        """With --resume, continues from the checkpoint if there is one. Returns the epoch to begin
-        with. Raises UserError."""
+    def resume(self) -> int:
+        """With --resume, continues from the checkpoint if there is one. Returns the first epoch to
+        train. Raises UserError."""
         if not self.options.resume or not (self.folder / "checkpoint.pt").exists():
             return 0
         state = load_checkpoint(self.folder, self.trained_with)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            group = dict(optimizer.param_groups[0])  # with this run's learning rate, the tensor
-            optimizer.load_state_dict(saved)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            group = dict(optimizer.param_groups[0])
+            optimizer.load_state_dict(saved)  # puts a copy in the place of main()'s tensor lr
             optimizer.param_groups[0].update(group)
         self.log = state["log"]
+        print(f"resumed after epoch {len(self.log)}", flush=True)
         return len(self.log)
 
-    def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer],
-             metrics: Tensor) -> None:
-        """Ends an epoch with its metrics (steps, 3): writes the checkpoint, log.csv and curve.png,
+    def save(self, metrics: Tensor) -> None:
+        """Ends an epoch with its metrics (steps, 3): writes log.csv, curve.png and the checkpoint,
         and prints the means."""
         options, now = self.options, time.perf_counter()
         seconds, self.epoch_began = now - self.epoch_began, now
         loss, accuracy, _ = metrics.mean(dim=0).tolist()
         self.log.append([loss, accuracy, seconds])
-        saving = torch.utils.serialization.config.save
-        saving.compute_crc32 = False  # without checksums, saving takes a third less time
-        saving.use_pinned_memory_for_d2h = options.device.type == "cuda"  # and then a quarter less
-        with atomic_write(self.folder / "checkpoint.pt") as file:
-            torch.save({**self.trained_with, "log": self.log, "model": model.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
-        rows = [f"{epoch},{l},{a},{s:.1f}" for epoch, (l, a, s) in enumerate(self.log, start=1)]
         try:
+            rows = [f"{epoch},{l},{a},{s:.1f}" for epoch, (l, a, s) in enumerate(self.log, start=1)]
             text = "\n".join(["epoch,loss,accuracy,seconds", *rows, ""])
             (self.folder / "log.csv").write_text(text)
-        except PermissionError as error:  # on Windows, while a spreadsheet has it open
-            print(f"{error}: log.csv is written again after the next epoch", file=sys.stderr)
-        draw_curve(self.folder / "curve.png", self.log)
+            draw_curve(self.folder / "curve.png", self.log)
+        except PermissionError as error:  # on Windows, while another program shows the file
+            print(f"{error}: it is written again after the next epoch", file=sys.stderr)
+        saving = torch.utils.serialization.config.save
+        saving.compute_crc32 = False  # without checksums, saving takes a third less time
+        saving.use_pinned_memory_for_d2h = options.device.type == "cuda"  # and another quarter less
+        with atomic_write(self.folder / "checkpoint.pt") as file:
+            torch.save({**self.trained_with, "log": self.log, "model": self.model.state_dict(),
+                        "optimizers": [each.state_dict() for each in self.optimizers]}, file)
         left = f"{(options.epochs - len(self.log)) * seconds / 60:.0f} minutes left"
         if options.compile and len(self.log) == 1:  # this epoch's time includes compiling
             left = "less than " + left
         print(f"epoch {len(self.log)} of {options.epochs}: loss {loss:.4f}, {accuracy:.2%} of the "
               f"{self.train_set.name} training digits correct, {seconds:.1f} s, {left}", flush=True)
 
-    def test(self, model: nn.Module, test_set: Digits) -> None:
+    def test(self, test_set: Digits) -> None:
         """Prints ten predictions and the accuracy, and draws mistakes.png."""
         name, images, labels = test_set
         kind = "validation" if self.options.validate else "test"
-        probabilities = predict(model, images, self.options.device, self.options.tta)
+        probabilities = predict(self.model, images, self.options.device, self.options.tta)
         predicted = probabilities.argmax(dim=1)
         print(f"\nten {name} {kind} digits, and the model's three most probable predictions:")
         for label, digit, row in zip(labels[:10], predicted, probabilities):
@@ -568,9 +578,9 @@ def working_device(name: str) -> torch.device:
                                 ) from error
 
 def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
-    """The options of all scripts. Their defaults are `full` on a CUDA GPU and `small` elsewhere,
-    unless --small or --no-small says otherwise: so these two options are parsed first."""
-    torch.set_float32_matmul_precision("high")  # TF32, where a GPU computes in float32 at all
+    """The options of all scripts. Their defaults depend on --device and --small, so these two are
+    parsed before the rest: `full` on a CUDA GPU, `small` elsewhere or with --small."""
+    torch.set_float32_matmul_precision("high")  # for the whole run: TF32 where bfloat16 is not used
     parser = ArgumentParser(description=about.splitlines()[0], usage="%(prog)s [options]",
                             add_help=False, allow_abbrev=False,
                             formatter_class=ArgumentDefaultsHelpFormatter)
@@ -601,13 +611,14 @@ def add_model_options(group: ArgumentParser) -> None:
     group.add_argument("--dropout", type=between(float, 0, 0.99), default=0.0,
                        help="dropout probability after attention and MLP")
     group.add_argument("--input-dropout", type=between(float, 0, 0.99), default=0.0,
-                       help="fraction of patches that training drops; of pixels in a flat image")
+                       help="fraction of patches, or of a flat image's pixels, to drop in training")
 
 def add_training_options(group: ArgumentParser) -> None:
     group.add_argument("--epochs", type=between(int, 0, 999_999), help="number of epochs")
     group.add_argument("--batch-size", type=between(int, 1, 999_999), help="digits per step")
     group.add_argument("--lr", type=between(float, 0, 1e99), help="peak learning rate")
-    group.add_argument("--weight-decay", type=between(float, 0, 1e99), help="of the matrices")
+    group.add_argument("--weight-decay", type=between(float, 0, 1e99),
+                       help="weight decay of the matrices")
     group.add_argument("--muon", action=BooleanOptionalAction, default=False,
                        help="Muon instead of AdamW for the matrices")
     group.add_argument("--adversarial", type=between(float, 0, 1e99), metavar="SIZE", default=0.0,
@@ -648,9 +659,9 @@ def run_folder(options: Namespace, data_set: str) -> Path:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Around main(): a user's mistake, a fault of the machine or Ctrl-C ends the program with one
-    line on stderr. Any other exception is a bug and keeps its traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # for file names that a terminal cannot print
+    """Goes around main(). A user's mistake, a fault of the machine or Ctrl-C ends the program with
+    one line on stderr. Any other exception is a bug and keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know a file name's letters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

@@ -1,14 +1,13 @@
-"""Speed beside its peers, measured in one run: python tests/benchmark.py [--quick]
+"""Measures speed against alternatives: python tests/benchmark.py [--quick] [--only TABLE]
 
-Ratios above 1 mean that ours is faster; in the table of Muon, that it takes longer than AdamW. Let
-nothing else run meanwhile. Times are medians of steps in turn, so that a machine that slows down
-slows both sides.
+The two sides of a row run in turn, and times are medians. Run nothing else meanwhile.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from torchvision.transforms import v2
 import common
 import mini_vit
 import mini_vit_augment
+import mini_vit_concat
+import mini_vit_crossattn
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
 
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
@@ -35,178 +35,97 @@ def seconds(work: Callable[[], object]) -> float:
         torch.accelerator.synchronize()
     return time.perf_counter() - start
 
+def print_header(title: str, row: str, one: str, other: str) -> None:
+    print(f"\n{title}\n\n| {row} | {one}, ms | {other}, ms | {other} / {one} |\n|---|---|---|---|")
 
-def side_by_side(ours: Callable, theirs: Callable, least: float,
-                 warm_up: int = 2) -> tuple[float, float]:
-    """Median seconds of each, called in turn for at least so many seconds, after a warm-up."""
-    for _ in range(warm_up):
-        ours(), theirs()
+def compare(row: str, one: Callable, other: Callable, quick: bool) -> None:
+    """Prints a row: the median times of both, called in turn."""
+    one(), other()
     times, start = [], time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - start < least:
-        times.append((seconds(ours), seconds(theirs)))
-    return tuple(map(statistics.median, zip(*times)))
+    while len(times) < (1 if quick else 3) or time.perf_counter() - start < (0.3 if quick else 5):
+        times.append((1000 * seconds(one), 1000 * seconds(other)))
+    first, second = (statistics.median(side) for side in zip(*times))
+    print(f"| {row} | {first:.1f} | {second:.1f} | {second / first:.2f} |", flush=True)
 
+def build(model_class: type, recipe: dict, **changes: object) -> nn.Module:
+    """A model of a script's FULL or SMALL."""
+    defaults = dict(overlap=0, dropout=0.0, input_dropout=0.0)
+    return model_class(**common.model_options(Namespace(**{**defaults, **recipe, **changes})))
 
-def random_images(count: int) -> Tensor:
-    return torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+def training_step(model: nn.Module, muon: bool = False) -> Callable:
+    """The scripts' training step, the same for all models."""
+    model.to(DEVICE)
+    optimizers = common.make_optimizers(model, torch.full((), 1e-3, device=DEVICE),
+                                        Namespace(device=DEVICE, muon=muon, weight_decay=0.05))
 
+    def train_step(images: Tensor, labels: Tensor) -> Tensor:
+        with common.mixed_precision(DEVICE):
+            loss = F.cross_entropy(model(common.normalize(images)), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
 
-def training_step(model: nn.Module, images: Tensor, muon: bool = False) -> Callable:
-    """A whole step on images of bytes (B, 28, 28), as the scripts do it; the same for all models.
-    (Not recorded on a GPU, where a model has no say in the time that Python takes.)"""
-    recipe = common.replace(mini_vit_augment.SMALL, muon=muon, device=str(DEVICE))
-    labels = torch.arange(len(images), device=DEVICE) % 10
-    model, images = model.to(DEVICE), images.to(DEVICE)
-    whole = common.TrainingStep(model, common.make_optimizers(model, recipe), recipe)
-    return lambda: whole.learn(images, labels)
+    return train_step
 
+def compare_steps(row: str, one: Callable, other: Callable, batch_size: int, quick: bool) -> None:
+    """Training steps on the same batch, without a CUDA graph."""
+    images = torch.randint(0, 256, (batch_size, 28, 28), dtype=torch.uint8, device=DEVICE)
+    labels = torch.arange(batch_size, device=DEVICE) % 10
+    compare(row, lambda: one(images, labels), lambda: other(images, labels), quick)
 
-def beside_torchvision(least: float, quick: bool) -> None:
-    print("\na training step beside torchvision's VisionTransformer of the same sizes")
-    print("| patch | dim | layers | batch | form | ours, images/s | torchvision, images/s | "
-          "ratio |")
-    print("|---|---|---|---|---|---|---|---|")
-    compiled = (False, True) if DEVICE.type == "cuda" else (False,)
-    widths = (64, 4), (64, 12), (128, 8), (192, 4), (192, 12)
-    sizes = [(patch, dim, layers) for patch in (7, 4) for dim, layers in widths]
-    for patch, dim, layers in sizes[:1] if quick else sizes:
-        for batch in (128,) if quick else (128, 1024):
-            for compile in compiled:
-                images = random_images(batch)
-                ours = mini_vit.ViT(layers=layers, heads=4, dim=dim, patch_size=patch)
-                theirs = torchvision.models.VisionTransformer(28, patch, layers, 4, dim, 4 * dim,
-                                                              num_classes=10)
-                theirs.conv_proj = nn.Conv2d(1, dim, patch, patch)
-                if compile:
-                    ours.compile(), theirs.compile()
-                a, b = side_by_side(training_step(ours, images), training_step(theirs, images),
-                                    least)
-                form = "compiled" if compile else "eager"
-                print(f"| {patch} | {dim} | {layers} | {batch} | {form} | {batch / a:.0f} | "
-                      f"{batch / b:.0f} | {b / a:.2f} |", flush=True)
-
-
-class PerHead(nn.Module):
-    """The earlier experiment's attention over features: 14 separate heads, each with three linear
-    layers."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        width = dim // heads
-        self.heads = nn.ModuleList(
-            nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(3))
-            for _ in range(heads))
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        outs = []
-        for query, key, value in self.heads:
-            scores = query(x)[:, :, None] * key(context)[:, None, :]
-            outs.append((scores.softmax(-1) @ value(context)[:, :, None]).squeeze(2))
-        return self.proj(torch.cat(outs, dim=1))
-
-
-class Identity(common.FeatureAttention):
-    """Attention whose d x d part is the identity on the values."""
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.proj(self.query(x) * 0 + self.key(context) * 0 + self.value(context))
-
-
-def flat(attention: type | None, layers: int) -> nn.Module:
-    model = mini_vit.ViT(layers=layers, heads=14, dim=784, patch_size=28)
-    for block in model.blocks if attention else ():
-        block.attention = attention(784, 14)
-    return model
-
-
-def flat_model(least: float, quick: bool) -> None:
-    print("\na training step of the flat full-size model, batch 256")
-    print("| layers | against | ours, s | theirs, s | ratio theirs / ours |\n|---|---|---|---|---|")
-    layers = 2 if quick else 16
-    images = random_images(256)
-    for what, attention in {"per-head loop": PerHead, "d x d part left out": Identity}.items():
-        a, b = side_by_side(training_step(flat(None, layers), images),
-                            training_step(flat(attention, layers), images), least, warm_up=1)
-        print(f"| {layers} | {what} | {a:.3f} | {b:.3f} | {b / a:.2f} |", flush=True)
-    x = torch.randn(256, 784, device=DEVICE, requires_grad=True)
-    one, loop = common.FeatureAttention(784, 14).to(DEVICE), PerHead(784, 14).to(DEVICE)
-    a, b = side_by_side(lambda: one(x, x).sum().backward(), lambda: loop(x, x).sum().backward(),
-                        least)
-    print(f"| attention alone, no step | per-head loop | {a:.3f} | {b:.3f} | {b / a:.2f} |",
-          flush=True)
-
-
-def augmentation(least: float, quick: bool) -> None:
-    print("\naugmentation, images a second in one process with one thread")
-    print("| ours | images/s | PIL, one image at a time | ratio |\n|---|---|---|---|")
+def augmentation(quick: bool) -> None:
+    print_header("Augmenting 512 digits on one thread", "ours", "ours", "torchvision on PIL images")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    images = common.draw_digits(512, seed=0).images
-    pictures = [Image.fromarray(image.numpy()) for image in images[:64]]
-    usual = v2.Compose([v2.RandomRotation(10),
-                        v2.RandomAffine(0, (0.05, 0.05), (0.9, 1.1), shear=5),
-                        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-    random = common.generator(0)
-    for what, bend in {"no bend": 0.0, "with bend": 0.8}.items():
-        a, b = side_by_side(lambda: mini_vit_augment.augment(images, random, bend=bend),
-                            lambda: [usual(picture) for picture in pictures], least)
-        print(f"| {what} | {512 / a:.0f} | {64 / b:.0f} | {(512 / a) / (64 / b):.1f} |", flush=True)
+    torch.set_num_threads(1)
+    images, random = common.draw_digits(512, seed=0).images, common.generator(0)
+    pictures = [Image.fromarray(image.numpy()) for image in images]
+    theirs = v2.Compose([v2.RandomRotation(10), v2.RandomAffine(0, (0.05, 0.05), (0.9, 1.1), 5),
+                         v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    for row, bend in {"without elastic deformation": 0.0, "with elastic deformation": 0.8}.items():
+        compare(row, lambda: mini_vit_augment.augment(images, random, bend=bend),
+                lambda: [theirs(picture) for picture in pictures], quick)
     torch.set_num_threads(threads)
 
+def torchvisions(quick: bool) -> None:
+    print_header("A training step of a ViT (ours computes only the class token in the last block)",
+                 "model", "ours", "torchvision")
+    sizes = [(7, 64, 4, 128), (4, 64, 4, 128), (4, 64, 12, 128), (4, 192, 12, 128),
+             (7, 64, 4, 1024), (4, 192, 4, 1024)]
+    for patch, dim, layers, batch in sizes[:2] if quick else sizes:
+        ours = mini_vit.ViT(layers=layers, heads=4, dim=dim, patch_size=patch)
+        theirs = torchvision.models.VisionTransformer(28, patch, layers, 4, dim, 4 * dim,
+                                                      num_classes=10)
+        theirs.conv_proj = nn.Conv2d(1, dim, patch, patch)  # for one channel
+        compare_steps(f"patch {patch}, dim {dim}, {layers} layers, batch {batch}",
+                      training_step(ours), training_step(theirs), batch, quick)
 
-def loaders(least: float, quick: bool) -> None:
-    small = DEVICE.type == "cpu"
-    print("\na training step with its loader against one on a batch that is already on the device"
-          + (" (--small)" if small else ""))
-    print("| workers | with loader, ms | on the device, ms | slower by |\n|---|---|---|---|")
-    recipe = mini_vit_augment.SMALL if small else mini_vit_augment.FULL
-    digits = common.draw_digits(10_000, seed=0)
-    for workers in (0, 1) if quick else (0, 1, 2, 4):
-        recipe = common.replace(recipe, workers=workers, device=str(DEVICE), epochs=1000)
-        model = mini_vit.ViT(**recipe.sizes()).to(DEVICE)
-        whole = common.TrainingStep(model, common.make_optimizers(model, recipe), recipe)
-        stream = mini_vit_augment.augmented_batches(digits, recipe, 0)
-        some = [part.to(DEVICE) for part in next(stream)]
-
-        def steps(source: object, count: int = 50) -> None:
-            common.train_epoch(whole, source, count, recipe, 0)
-
-        a, b = side_by_side(lambda: steps(stream), lambda: steps(iter([some] * 50)), least,
-                            warm_up=1)
-        print(f"| {workers} | {a * 20:.1f} | {b * 20:.1f} | {a / b - 1:.1%} |", flush=True)
-        del stream
-
-
-def muon_beside_adamw(least: float, quick: bool) -> None:
-    print("\na training step of --small, 128 digits, with AdamW and with Muon")
-    print("| model | with AdamW, ms | with Muon, ms | slower by a factor of |\n|---|---|---|---|")
-    images = random_images(128)
-    embeddings = {"patches of 7": {"patch_size": 7, "overlap": 0, "input_dropout": 0.0},
-                  "patches of 4, overlap 4, input dropout 0.5":
-                      {"patch_size": 4, "overlap": 4, "input_dropout": 0.5}}
-    for what, changes in embeddings.items():
-        sizes = {**mini_vit_augment.SMALL.sizes(), **changes}
-        adamw, muon = (training_step(mini_vit.ViT(**sizes), images, muon)
-                       for muon in (False, True))
-        a, b = side_by_side(adamw, muon, least)
-        print(f"| {what} | {1000 * a:.1f} | {1000 * b:.1f} | {b / a:.2f} |", flush=True)
-
+def class_token(quick: bool) -> None:
+    print_header("A training step of the small models, with all tokens or only the class token in "
+                 "the last block", "script", "all tokens", "class token")
+    for script, model_class in {mini_vit: mini_vit.ViT, mini_vit_augment: mini_vit.ViT,
+                                mini_vit_concat: mini_vit_concat.ConcatViT,
+                                mini_vit_crossattn: mini_vit_crossattn.CrossViT}.items():
+        whole, class_token = (build(model_class, script.SMALL) for _ in range(2))
+        for module in whole.modules():
+            module.class_token_only = False  # only blocks have it
+        compare_steps(f"{script.__name__}.py", training_step(whole, muon=True),
+                      training_step(class_token, muon=True), 128, quick)
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rows and readings")
-    tables = {"augmentation": augmentation, "loaders": loaders, "flat": flat_model,
-              "torchvision": beside_torchvision, "muon": muon_beside_adamw}
-    parser.add_argument("--only", choices=tables)
+    tables = {"augmentation": augmentation, "torchvision": torchvisions, "class-token": class_token}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few measurements, one thread")
+    parser.add_argument("--only", choices=tables, metavar="TABLE", help=", ".join(tables))
     options = parser.parse_args()
-    threads = f"{torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else threads
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {DEVICE} ({name})")
-    for name, table in tables.items():
-        if options.only in (None, name):
-            table(0.5 if options.quick else 5.0, options.quick)
-
+    torch.set_num_threads(1 if options.quick else torch.get_num_threads())
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, on "
+          f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else DEVICE}, "
+          f"{torch.get_num_threads()} threads")
+    for name in [options.only] if options.only else tables:
+        tables[name](options.quick)
 
 if __name__ == "__main__":
     main()

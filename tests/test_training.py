@@ -1,18 +1,29 @@
-"""The schedule, the optimizers, and that training learns, repeats itself and stops when it must."""
+"""The schedule, the optimizers, the training step and loop, CUDA graphs, and that models learn."""
 
-import contextlib
+import ast
 import copy
-import io
+import difflib
+import inspect
 import itertools
 import math
-import sys
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
-from conftest import needs_fork, train_in_two_processes
+import torch.nn.functional as F
+from conftest import TINY, read_options
+from pytest import MonkeyPatch, approx
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import mini_vit
@@ -20,86 +31,70 @@ import mini_vit_augment
 import mini_vit_concat
 import mini_vit_crossattn
 
-SCRIPTS = (mini_vit, mini_vit_concat, mini_vit_augment, mini_vit_crossattn)
-TINY = "--device cpu --small --layers 1 --heads 2 --dim 16 --dataset drawn --epochs 1 --dropout 0"
-TINY += " --input-dropout 0 --patch-size 7 --overlap 0 --no-muon"
+SCRIPTS = {mini_vit: mini_vit.ViT, mini_vit_concat: mini_vit_concat.ConcatViT,
+           mini_vit_augment: mini_vit.ViT, mini_vit_crossattn: mini_vit_crossattn.CrossViT}
+check_equal = partial(assert_close, rtol=0, atol=0)
 
+def save_and_stop(run: common.Run, metrics: Tensor, save: Callable = common.Run.save) -> None:
+    save(run, metrics)
+    raise KeyboardInterrupt
 
-def recipe(**changes: object) -> common.Recipe:
-    """On the CPU, for ten digits in a step."""
-    few = {"device": "cpu", "batch_size": 10, "epochs": 1}
-    return common.replace(mini_vit.SMALL, **{**few, **changes})
+@pytest.fixture
+def train(command_line: Callable, few_digits: None) -> Callable:
+    """Trains a tiny model, ten steps per epoch; returns its checkpoint without seconds."""
+    def call(options: str, script: ModuleType = mini_vit, stopped: bool = False) -> dict:
+        with MonkeyPatch.context() as patch:
+            if stopped:  # by Ctrl-C, after the first epoch
+                patch.setattr(common.Run, "save", save_and_stop)
+            code, _, err = command_line(script, f"{TINY} {options}")
+        assert code == 130 * stopped, err
+        latest = max(Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        state = torch.load(latest)
+        return {"log": [row[:2] for row in state["log"]], "model": state["model"],
+                "optimizers": [optimizer["state"] for optimizer in state["optimizers"]]}
 
+    return call
 
-def linear_model() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+@pytest.mark.parametrize("step, steps, expected", [
+    (0, 100, 0.2), (4, 100, 1.0), (9, 100, 2.0), (10, 100, 2.0), (55, 100, 1.0), (99, 100, 0.0006),
+    (0, 1, 2.0), (0, 3, 2.0), (2, 3, 1.0)])
+def test_learning_rate(step: int, steps: int, expected: float) -> None:
+    assert mini_vit.learning_rate(step, steps, 2.0) == approx(expected, abs=1e-4)
 
-
-# schedule and optimizers
-
-
-@pytest.mark.parametrize("step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5),
-                                            (99, 0.0003)])
-def test_learning_rate(step: int, expected: float) -> None:
-    assert common.learning_rate(step, 100, 1.0) == pytest.approx(expected, abs=1e-4)
-
-
-def test_learning_rate_of_short_runs() -> None:
-    assert common.learning_rate(0, 1, 2.0) == 2.0
-    assert common.learning_rate(0, 3, 2.0) == 2.0 > common.learning_rate(2, 3, 2.0) > 0
-
-
-@pytest.mark.parametrize("build", [mini_vit.ViT, mini_vit_concat.ConcatViT,
-                                   mini_vit_crossattn.CrossViT])
-@pytest.mark.parametrize("muon", [False, True])
-def test_matrices_decay_and_nothing_else(build: type, muon: bool) -> None:
-    options = recipe(weight_decay=0.3, muon=muon)
-    model = build(**options.sizes())
-    optimizers = common.make_optimizers(model, options)
-    assert [type(each).__name__ for each in optimizers] == ["Muon" if muon else "AdamW", "AdamW"]
+@pytest.mark.parametrize("build", dict.fromkeys(SCRIPTS.values()))
+@pytest.mark.parametrize("muon", ["muon", "no-muon"])
+def test_matrices_decay_and_nothing_else(build: type, muon: str) -> None:
+    options = read_options(f"{TINY} --weight-decay 0.3 --{muon}")
+    model = build(**common.model_options(options))
+    optimizers = common.make_optimizers(model, torch.tensor(0.1), options)
+    kinds = [common.Muon if muon == "muon" else torch.optim.AdamW, torch.optim.AdamW]
+    assert [type(optimizer) for optimizer in optimizers] == kinds
     (decay,), (rest,) = (optimizer.param_groups for optimizer in optimizers)
     assert decay["weight_decay"] == 0.3 and rest["weight_decay"] == 0
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying = {names.pop(id(parameter)) for parameter in decay["params"]}
-    others = {names.pop(id(parameter)) for parameter in rest["params"]}
-    assert not names
-    assert all(name.endswith("weight") and "norm" not in name for name in decaying)
-    assert all(name.endswith("bias") or "norm" in name or name.startswith("embed.")
-               for name in others)
+    matrices = {id(parameter) for name, parameter in model.named_parameters()
+                if name.endswith("weight") and "norm" not in name}
+    others = {id(parameter) for parameter in model.parameters()} - matrices
+    assert {*map(id, decay["params"])} == matrices and {*map(id, rest["params"])} == others
 
+def random_matrices() -> list[nn.Parameter]:
+    """Wide and tall ones, some with a thousand times the norm of others."""
+    shapes = (12, 40), (40, 12), (12, 40), (40, 12), (40, 12)
+    return [nn.Parameter(torch.randn(shape) / 10**power) for power, shape in enumerate(shapes)]
 
-# Muon
-
-SHAPES = [(12, 40), (40, 12), (12, 40), (40, 12), (40, 12)]  # wide and tall ones, taking turns
-
-
-def some_matrices() -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-
-
-def steps_of(optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter],
-             gradients: list[list[Tensor]]) -> list[list[Tensor]]:
-    """How the matrices change, step by step, at rates that fall."""
-    changes = []
-    for number, each in enumerate(gradients, start=1):
-        before = [matrix.detach().clone() for matrix in matrices]
-        for matrix, gradient in zip(matrices, each, strict=True):
-            matrix.grad = gradient.clone()
-        optimizer.param_groups[0]["lr"] = 0.1 / number
+def take_steps(optimizer: torch.optim.Optimizer, seed: int) -> list[Tensor]:
+    matrices, changes = optimizer.param_groups[0]["params"], []
+    torch.manual_seed(seed)
+    for number in (1, 2, 3):
+        before = copy.deepcopy(matrices)
+        for matrix, gradient in zip(matrices, random_matrices()):
+            matrix.grad = gradient.detach()
+        optimizer.param_groups[0]["lr"].fill_(0.1 / number)
         optimizer.step()
-        changes.append([matrix.detach() - old for matrix, old in zip(matrices, before)])
+        changes += [(matrix - old).detach() for matrix, old in zip(matrices, before)]
     return changes
 
-
-def random_gradients(steps: int) -> list[list[Tensor]]:
-    """Some a thousand times as long as others."""
-    return [[10 ** (number % 4 - 3) * torch.randn(shape) for number, shape in enumerate(SHAPES)]
-            for _ in range(steps)]
-
-
-def through_singular_values(matrix: Tensor, factors: tuple[float, float, float], steps: int,
-                            least: float) -> Tensor:
-    """What torch's Muon makes of a matrix in bfloat16, by another way, which is exact."""
+def with_svd(matrix: Tensor, factors: tuple, steps: int, least: float) -> Tensor:
+    """What torch.optim.Muon computes in bfloat16, here from a singular value decomposition."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm().clamp(min=least)
     a, b, c = factors
@@ -107,387 +102,262 @@ def through_singular_values(matrix: Tensor, factors: tuple[float, float, float],
         s = a * s + b * s**3 + c * s**5
     return (u * s @ v).float()
 
-
-@pytest.mark.parametrize("exact, far", [(False, 0.02), (True, 1e-5)])
-def test_steps_of_muon_are_torchs(exact: bool, far: float,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exact, tolerance", [(False, 0.02), (True, 1e-5)])
+def test_muon_takes_the_steps_of_torchs(exact: bool, tolerance: float,
+                                        monkeypatch: MonkeyPatch) -> None:
     if exact:
-        monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz",
-                            through_singular_values)
-    matrices, gradients = some_matrices(), random_gradients(6)
-    copies = copy.deepcopy(matrices)
-    theirs = torch.optim.Muon(copies, 0.1, weight_decay=0.3, momentum=0.95, nesterov=True,
-                              adjust_lr_fn="match_rms_adamw")
-    ours = steps_of(common.Muon(matrices, 0.1, weight_decay=0.3), matrices, gradients)
-    for our_step, their_step in zip(ours, steps_of(theirs, copies, gradients), strict=True):
-        for our_change, their_change in zip(our_step, their_step, strict=True):
-            assert (our_change - their_change).norm() < far * their_change.norm()
+        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", with_svd)
+    matrices = random_matrices()
+    theirs = torch.optim.Muon(copy.deepcopy(matrices), torch.tensor(0.1), weight_decay=0.3,
+                              momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    ours = common.Muon(matrices, torch.tensor(0.1), weight_decay=0.3)
+    for change, expected in zip(take_steps(ours, 1), take_steps(theirs, 1), strict=True):
+        assert (change - expected).norm() < tolerance * expected.norm()
 
+def test_muon_continues_from_its_saved_state_and_two_muons_are_independent() -> None:
+    first = common.Muon(random_matrices(), torch.tensor(0.1), weight_decay=0.3)
+    take_steps(first, 1)
+    second = common.Muon(copy.deepcopy(first.param_groups[0]["params"]), torch.tensor(0.5), 0.0)
+    torch.save(first.state_dict(), "muon.pt")
+    expected = take_steps(first, 2)
+    second.load_state_dict(torch.load("muon.pt", weights_only=True))
+    check_equal(take_steps(second, 2), expected)
 
-def test_muon_goes_on_from_what_it_saved() -> None:
-    matrices, gradients = some_matrices(), random_gradients(6)
-    first = common.Muon(matrices, 0.1, weight_decay=0.3)
-    steps_of(first, matrices, gradients[:3])
-    copies, file = copy.deepcopy(matrices), io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second = common.Muon(copies, 0.5, weight_decay=0.0)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    expected = steps_of(first, matrices, gradients[3:])
-    torch.testing.assert_close(steps_of(second, copies, gradients[3:]), expected, rtol=0, atol=0)
-
-
-def test_a_muon_knows_nothing_of_another() -> None:
-    """As the optimizer of a second seed must not of the first's."""
-    matrices, gradients = some_matrices(), random_gradients(3)
-    copies = copy.deepcopy(matrices)
-    first = steps_of(common.Muon(matrices, 0.1, weight_decay=0.3), matrices, gradients)
-    second = steps_of(common.Muon(copies, 0.1, weight_decay=0.3), copies, gradients)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
-
-
-def test_a_step_of_muon_is_as_long_in_all_directions() -> None:
-    """From a gradient that is 100 times as long in one direction as in another. The root mean
-    square of a step is about 0.2 of the rate, as it is with AdamW (Liu et al., 2025, arXiv
-    2502.16982)."""
-    model = nn.Sequential(nn.Linear(64, 256))
-    first, _ = common.make_optimizers(model, recipe(muon=True, lr=0.01, weight_decay=0))
-    before = model[0].weight.detach().clone()
+def test_a_muon_step_is_equally_large_in_all_directions() -> None:
+    """From a gradient 100 times as large in one direction as in another. The step's root mean
+    square is about 0.2 lr, as it is with AdamW (Liu et al., 2025, arXiv 2502.16982)."""
+    matrix = nn.Parameter(torch.randn(256, 64))
     u, _, v = torch.linalg.svd(torch.randn(256, 64), full_matrices=False)
-    model[0].weight.grad = u * torch.logspace(-1, 1, 64) @ v
-    first.step()
-    change = model[0].weight.detach() - before
-    lengths = torch.linalg.svdvals(change)
-    assert lengths.max() < 2 * lengths.min()
-    assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+    before, matrix.grad = matrix.detach().clone(), u * torch.logspace(-1, 1, 64) @ v
+    common.Muon([matrix], torch.tensor(0.01), weight_decay=0.0).step()
+    change = matrix.detach() - before
+    sizes = torch.linalg.svdvals(change)
+    assert sizes.max() < 2 * sizes.min()
+    assert change.square().mean().sqrt().item() == approx(0.2 * 0.01, rel=0.3)
 
-
-# an epoch
-
-
-def test_adversarial_training_learns_the_worst_neighbour_too() -> None:
-    """A batch through a linear model: what reaches the optimizer is the sum of two gradients,
-    clipped; the second is at images at a distance of 2 (of black from white: 1), along the gradient
-    of each one's loss."""
-    model, seen, gradients = linear_model(), [], []
-
-    class Spy(torch.optim.SGD):
-        def step(self) -> None:
-            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+@pytest.mark.parametrize("size, std", [(0.0, 0.01), (0.0, 1.0), (2.0, 1.0)])
+def test_a_step_takes_the_clipped_gradients_of_a_batch_and_its_adversarial_examples(
+        command_line: Callable, monkeypatch: MonkeyPatch, size: float, std: float) -> None:
+    kept, seen = [], []
+    monkeypatch.setattr(mini_vit, "CudaGraph", kept.append)
+    options = f"--epochs 0 --dropout 0 --input-dropout 0 --adversarial {size}"
+    assert command_line(mini_vit, f"{TINY} {options}")[0] == 0
     _, images, labels = common.draw_digits(20, seed=0)
-    options = recipe(adversarial=2.0, batch_size=20)
-    training_step = common.TrainingStep(model, [Spy(model.parameters())], options)
-    common.train_epoch(training_step, iter([(images, labels)]), 1, options, 0)
-    first, second = seen
-    torch.testing.assert_close(first, common.normalise(images))
-    distances = (0.3081 * (second - first)).flatten(1).norm(dim=1)
-    torch.testing.assert_close(distances, torch.full((20,), 2.0))
-    for image, label, moved in zip(first, labels, second):
-        image = image.clone().requires_grad_()
-        nn.functional.cross_entropy(model(image[None]), label[None]).backward()
-        steepest, move = image.grad.flatten(), (moved - image).flatten()
-        assert nn.functional.cosine_similarity(steepest, move, 0) > 0.9999
-    model.zero_grad()
-    for inputs in (first, second):
-        nn.functional.cross_entropy(model(inputs), labels).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    torch.testing.assert_close(gradients[0], [parameter.grad for parameter in model.parameters()])
+    used = inspect.getclosurevars(kept[0]).nonlocals
+    model, parameters = used["model"], list(used["model"].parameters())
+    nn.init.normal_(model.head.linear.weight, std=std)
+    kept[0](images, labels)
+    assert all(parameter.grad is None for parameter in parameters)
+    used["optimizers"].clear()  # then the gradients stay
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    metrics = kept[0](images, labels)
+    gradients = [parameter.grad for parameter in parameters]
+    first, *examples = seen
+    assert_close(first, common.normalize(images))
+    assert len(examples) == (size > 0)
+    logits = model(first.requires_grad_())
+    loss = F.cross_entropy(logits, labels)
+    steepest, *expected = torch.autograd.grad(loss, [first, *parameters])
+    for example in examples:
+        move = 0.3081 * (example - first)  # 1 is one pixel from black to white
+        assert_close(move.flatten(1).norm(dim=1), torch.full((20,), size))
+        assert F.cosine_similarity(steepest.flatten(1), move.flatten(1)).min() > 0.9999
+        second = torch.autograd.grad(F.cross_entropy(model(example), labels), parameters)
+        expected = [one + other for one, other in zip(expected, second)]
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
+    assert (norm > 1) == (std == 1)
+    assert_close(gradients, [gradient / norm.clamp(min=1) for gradient in expected])
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    assert_close(metrics, torch.stack([loss.detach(), accuracy, norm]))
 
+@pytest.mark.parametrize("size, call, step, saved", [
+    (0, 3, 3, 0), (0, 25 + 23, 23, 1), (1, 5, 3, 0), (1, 6, 3, 0), (1, 50 + 2, 1, 1)])
+def test_nan_is_reported_with_its_step_and_not_saved(
+        command_line: Callable, few_digits: None, monkeypatch: MonkeyPatch, size: int, call: int,
+        step: int, saved: int) -> None:
+    """In an epoch of 25 steps. With adversarial examples of any size a step has two losses."""
+    cross_entropy, calls = F.cross_entropy, itertools.count(1)
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, labels: cross_entropy(
+        logits * (math.nan if next(calls) == call else 1), labels))
+    _, _, err = command_line(mini_vit, f"{TINY} --epochs 2 --batch-size 40 --adversarial {size}")
+    assert f" NaN in step {step} of this epoch: choose a lower --lr" in err
+    states = [torch.load(path) for path in Path("runs").rglob("checkpoint.pt")]
+    assert [len(state["log"]) for state in states] == [1] * saved
+    assert all(tensor.isfinite().all() for state in states for tensor in state["model"].values())
 
-class Breaks(nn.Module):
-    """Its answers are no numbers from some call on."""
+@pytest.mark.parametrize("muon", ["--muon", "--no-muon"])
+def test_each_step_has_its_own_learning_rate_and_dropout(train: Callable, muon: str) -> None:
+    """The same after --resume; and each seed has its own dropout."""
+    seen, options = [], f"--epochs 2 --lr 0.01 {muon}"
 
-    def __init__(self, first: int) -> None:
-        super().__init__()
-        self.linear, self.calls, self.first = nn.Linear(784, 10), itertools.count(1), first
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append((optimizer.param_groups[0]["lr"].item(), torch.rand(1).item()))
 
-    def forward(self, images: Tensor) -> Tensor:
-        broken = next(self.calls) >= self.first
-        return self.linear(images.flatten(1)) * (math.nan if broken else 1)
+    with register_optimizer_step_pre_hook(keep):
+        train(options)
+        train(f"{options} --seed 1")
+        train(options, stopped=True)
+        train(f"{options} --resume")
+    expected = [mini_vit.learning_rate(step, 20, 0.01) for step in range(20) for _ in range(2)]
+    assert [rate for rate, _ in seen] == approx(3 * expected)
+    assert len({random for _, random in seen[:80]}) == 80 and seen[80:] == seen[:40]
 
-
-@pytest.mark.parametrize("adversarial, call, step", [(0, 3, 3), (1, 5, 3), (1, 6, 3), (1, 20, 10)])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_a_loss_that_is_no_number_stops_with_its_step(adversarial: float, call: int, step: int,
-                                                      epoch: int) -> None:
-    """Of ten steps in each epoch; with worst neighbours a step has two calls, and the second's loss
-    is not in the log."""
-    options = recipe(adversarial=adversarial, epochs=2)
-    model, batches = Breaks(call), common.plain_batches(common.draw_digits(100, 0), options, 0)
-    training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
-    with pytest.raises(common.Problem, match=f"no longer a number in step {10 * epoch + step}:"):
-        common.train_epoch(training_step, batches, 10, options, epoch)
-
-
-def test_the_log_has_the_mean_loss_and_the_share_of_right_answers() -> None:
-    model, digits, options = linear_model(), common.draw_digits(100, seed=0), recipe(lr=0.0)
-    batches = common.plain_batches(digits, options, 0)
-    training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
-    loss, share = common.train_epoch(training_step, batches, 10, options, 0)
-    logits = model(common.normalise(digits.images))
-    assert loss == pytest.approx(nn.functional.cross_entropy(logits, digits.labels).item())
-    assert share == pytest.approx((logits.argmax(1) == digits.labels).float().mean().item())
-
-
-def test_gradients_are_clipped() -> None:
-    """SGD with a rate of 1 in place of AdamW: no step may be longer than 1."""
-    options = recipe(lr=1.0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
-    nn.init.normal_(model[1].weight, std=10)
-    before = model[1].weight.detach().clone()
-    batches = common.plain_batches(common.draw_digits(10, seed=0), options, 0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    training_step = common.TrainingStep(model, [optimizer], options)
-    common.train_epoch(training_step, batches, 1, options, 0)
-    assert (model[1].weight - before).norm().item() == pytest.approx(1.0, abs=1e-3)
-
-
-class Draws(nn.Module):
-    """Draws a random number in each call, as dropout does."""
+class StandIn(TorchDispatchMode):
+    """A CUDA graph on the CPU: a capture keeps its operations, with their tensors, and undoes what
+    they changed; a replay does them again on the same tensors."""
+    made = []
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.drawn = nn.Linear(784, 10), []
+        self.operations, self.before, self.replays = [], [], 0
+        self.made.append(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        self.drawn.append(torch.rand(1).item())
-        return self.linear(images.flatten(1))
+    def __torch_dispatch__(self, operation: Callable, types: object, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a capture cannot read a number")
+        if operation._schema.is_mutable:
+            changing = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+            self.before += [(tensor, tensor.detach().clone()) for tensor in changing]
+        result = operation(*args, **kwargs or {})
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
 
-
-def test_each_epoch_seed_and_process_has_dropout_of_its_own(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again the same in a run that goes on."""
-    model, digits = Draws(), common.draw_digits(10, seed=0)
-    for rank, seed, epoch in 2 * list(itertools.product((0, 1), (0, 1), (0, 1))):
-        monkeypatch.setattr(common, "RANK", rank)
-        options = recipe(epochs=2, seed=seed)
-        batches = common.plain_batches(digits, options, epoch)
-        training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
-        torch.rand(1)
-        common.train_epoch(training_step, batches, 1, options, epoch)
-    assert len(set(model.drawn[:8])) == 8 and model.drawn[:8] == model.drawn[8:]
-
-
-def two_curves(options: common.Recipe, sizes: dict) -> list[Tensor]:
-    """Loss and accuracy of two epochs of 15 steps, from recorded steps and from others."""
-    curves = []
-    for count in (0, -1000):  # where all steps are among the first three, none is recorded
-        torch.manual_seed(0)
-        model = common.make_ready(mini_vit.ViT(**sizes), options)
-        training_step = common.TrainingStep(model, common.make_optimizers(model, options), options)
-        training_step.count = count
-        batches = common.plain_batches(common.draw_digits(1000, seed=0), options, 0)
-        curves.append(torch.tensor([common.train_epoch(training_step, batches, 15, options, epoch)
-                                    for epoch in range(2)]))
-        assert hasattr(training_step, "graph") == (count == 0)
-    return curves
-
-
-class CallsItself(str):
-    """A device that is the CPU and goes as a GPU."""
-
-    def startswith(self, start: str) -> bool:
-        return start == "cuda"
-
-
-@pytest.mark.parametrize("changes", [{"muon": True}, {"muon": False}, {"adversarial": 1.0}],
-                         ids=str)
-def test_recorded_steps_are_the_steps(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for CUDA's graphs: what is done while one records is undone, and a replay
-    does it with what then lies in the places that were recorded."""
-    options = recipe(batch_size=64, epochs=2, lr=0.01, device=CallsItself("cpu"), **changes)
-    recording = []
-
-    class Graph:
-        def replay(self) -> None:
-            step = steps[0]
-            step.results = step.learn(step.images, step.labels)
-
-    @contextlib.contextmanager
-    def graph(graph: Graph, capture_error_mode: str) -> Iterator[None]:
-        training_step = steps[0]
-        changing = list(training_step.model.parameters())
-        for optimizer in training_step.optimizers:
-            changing += [tensor for state in optimizer.state.values() for tensor in state.values()]
-        before = [tensor.detach().clone() for tensor in changing]
-        recording.append(training_step.count)
-        yield
+    @contextmanager
+    def capture(self, capture_error_mode: str) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]), self:
+            yield
         with torch.no_grad():
-            for tensor, old in zip(changing, before):
+            for tensor, old in reversed(self.before):
                 tensor.copy_(old)
 
-    steps, made = [], common.TrainingStep.__init__
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
-    def noted(self: common.TrainingStep, *args: object) -> None:
-        made(self, *args)
-        steps.append(self)
-
-    monkeypatch.setattr(common.TrainingStep, "__init__", noted)
-    monkeypatch.setattr(common, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    sizes = {**options.sizes(), "layers": 1, "dropout": 0.0, "input_dropout": 0.0, "patch_size": 7}
-    first, second = two_curves(options, sizes)
-    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
-    assert recording == [4] and first[1, 0] < first[0, 0]
-
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("options", ["--muon", "--no-muon --adversarial 1"])
+def test_replayed_steps_train_as_plain_ones_do(
+        train: Callable, options: str, stopped: bool, monkeypatch: MonkeyPatch) -> None:
+    """In whole runs with a stand-in, with dropout: three plain steps, one capture, and replays."""
+    options += " --epochs 2"
+    plain = train(options)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", StandIn.capture)
+    monkeypatch.setattr(StandIn, "made", [])
+    if stopped:
+        train(options, stopped=True)
+        options += " --resume"
+    check_equal(train(options), plain)
+    assert [graph.replays for graph in StandIn.made] == ([7, 7] if stopped else [17])
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("muon", [False, True])
-@pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu_recorded_steps_are_the_steps(flat: bool, muon: bool, compile: bool) -> None:
-    """With dropout and worst neighbours."""
-    script = mini_vit.FULL if flat else mini_vit.SMALL
-    options = common.replace(script, layers=2, batch_size=64, muon=muon, adversarial=1.0, epochs=2,
-                             device="cuda:0", compile=compile)
-    first, second = two_curves(options, options.sizes())
-    torch.testing.assert_close(first, second, rtol=0.02, atol=0.02)
-    assert first[1, 0] < first[0, 0]
+@pytest.mark.parametrize("options", [" ".join(words) for words in itertools.product(
+    ["--compile", "--no-compile"], ["--muon", "--no-muon"],
+    ["", "--dim 784 --heads 14 --patch-size 28"])])
+def test_on_a_gpu_replayed_steps_train_as_plain_ones_do(
+        train: Callable, options: str, monkeypatch: MonkeyPatch) -> None:
+    options += " --device cuda --small --layers 2 --lr 1e-3 --adversarial 1 --epochs 2"
+    capture = common.CudaGraph.capture
+    with mock.patch.object(common.CudaGraph, "capture", autospec=True, side_effect=capture) as spy:
+        captured = torch.tensor(train(options)["log"])
+        monkeypatch.setattr(mini_vit, "CudaGraph", lambda step: step)
+        torch.compiler.reset()
+        plain = torch.tensor(train(options)["log"])
+    spy.assert_called_once()
+    assert_close(captured, plain, rtol=0.02, atol=0.02)
+    assert plain[1, 0] < plain[0, 0]
 
-
-# answers
-
-
-def test_predict_is_without_dropout_and_gradients() -> None:
+@pytest.mark.parametrize("tta", [0, 2])
+def test_predict_is_the_mean_over_shifted_images_without_dropout_and_gradients(tta: int) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
-    images = common.draw_digits(1100, seed=0).images
-    first, second = (common.predict(model, images, "cpu") for _ in range(2))
-    assert torch.equal(first, second) and not first.requires_grad
-    torch.testing.assert_close(first.sum(1), torch.ones(1100))
-    torch.testing.assert_close(first, model(common.normalise(images)).softmax(1))
+    padded = torch.zeros(600, 32, 32, dtype=torch.uint8)
+    padded[:, 6:26, 6:26] = common.draw_digits(600, seed=0).images[:, 4:24, 4:24]
+    starts = range(2 - tta, 3 + tta)
+    shifted = [padded[:, y : y + 28, x : x + 28] for y in starts for x in starts]
+    logits = [model[2](common.normalize(images).flatten(1)) for images in shifted]
+    probabilities = common.predict(model, padded[:, 2:30, 2:30], torch.device("cpu"), tta)
+    assert not probabilities.requires_grad
+    assert_close(probabilities, torch.stack(logits).softmax(dim=2).mean(dim=0).detach())
 
+@pytest.mark.parametrize("script, workers", [(mini_vit, ""), (mini_vit_augment, "--workers 2")])
+def test_a_seed_repeats_itself_and_another_differs(train: Callable, script: ModuleType,
+                                                   workers: str) -> None:
+    first = train("--epochs 2", script)
+    check_equal(train(f"--epochs 2 {workers}", script), first)
+    assert train("--epochs 2 --seed 1", script)["log"][0] != first["log"][0]
 
-def test_predict_with_reach_is_the_mean_over_moved_digits() -> None:
-    model, padded = linear_model(), torch.zeros(7, 32, 32, dtype=torch.uint8)
-    padded[:, 6:26, 6:26] = common.draw_digits(7, seed=0).images[:, 4:24, 4:24]
-    moved = [padded[:, down : down + 28, right : right + 28]
-             for down in range(5) for right in range(5)]
-    expected = sum(common.predict(model, images, "cpu") for images in moved) / 25
-    torch.testing.assert_close(common.predict(model, moved[12], "cpu", reach=2), expected)
-    assert (expected - common.predict(model, moved[12], "cpu")).abs().max() > 0.01
-
-
-# whole runs
-
-
-def losses(command_line: Callable, script: object, options: str) -> list[str]:
-    """What a run says of its epochs and its accuracy, without the times."""
+@pytest.mark.parametrize("script, options", [
+    (mini_vit, "--no-muon --lr 2e-2 --epochs 12"),
+    *((script, "--muon --lr 2e-2 --epochs 5") for script in SCRIPTS)])
+def test_a_short_run_on_drawn_digits_is_well_above_chance(
+        command_line: Callable, few_digits: None, script: ModuleType, options: str) -> None:
+    options = f"{TINY} --dim 32 --batch-size 50 --dropout 0 --input-dropout 0 {options}"
     code, out, err = command_line(script, options)
     assert code == 0, err
-    lines = out.splitlines()
-    return [line.rsplit(",", 2)[0] for line in lines if line.startswith("epoch")] + lines[-1:]
+    assert float(out.splitlines()[-1].split("%")[0].split()[-1]) > 30  # chance is 10
 
+@pytest.mark.parametrize("script, build", SCRIPTS.items())
+@pytest.mark.parametrize("validate", ["", "--validate"])
+def test_a_run_trains_its_model_on_its_digits_logs_means_and_tests_on_other_digits(
+        command_line: Callable, script: ModuleType, build: type, validate: str,
+        monkeypatch: MonkeyPatch) -> None:
+    """The step only counts: its number is its loss."""
+    trained, tested = [], []
 
-@pytest.mark.parametrize("script", [mini_vit, mini_vit_augment],
-                         ids=lambda script: script.__name__)
-def test_a_seed_repeats_itself_and_another_differs(command_line: Callable, script: object,
-                                                   few_digits: None) -> None:
-    options = TINY + " --dropout 0.1 --epochs 2 --batch-size 200"
-    first = losses(command_line, script, options)
-    assert len(first) == 3 and "loss" in first[0] and "right" in first[1]
-    assert losses(command_line, script, options + " --workers 2") == first
-    assert losses(command_line, script, options + " --seed 1")[0] != first[0]
+    def step(*batch: Tensor) -> Tensor:
+        trained.append(batch)
+        return torch.tensor([1.0, 0.5, 0.0]) * len(trained)
 
+    monkeypatch.setattr(script, "CudaGraph", lambda train_step: step)
+    monkeypatch.setattr(common.Run, "test",
+                        lambda run, test_set: tested.extend([run.model, test_set]))
+    assert command_line(script, f"{TINY} {validate}")[0] == 0
+    (_, digits, labels), (_, held_out, _) = map(common.draw_digits, (10_000, 2_000), (0, 1))
+    if validate:
+        digits, held_out, labels = digits[:5000], digits[5000:], labels[:5000]
+    model, test_set = tested
+    assert type(model) is build and torch.equal(test_set.images, held_out)
+    images, of_images = map(torch.cat, zip(*trained))
+    assert torch.equal(of_images.bincount(), labels.bincount())
+    seen, given = (sorted(map(bytes, part.flatten(1).numpy())) for part in (images, digits))
+    is_augmented = script in (mini_vit_augment, mini_vit_crossattn)
+    assert len({*seen} & {*given}) < 0.01 * len(given) if is_augmented else seen == given
+    (log,), mean = Path("runs").rglob("log.csv"), (len(trained) + 1) / 2
+    assert log.read_text().splitlines()[1].startswith(f"1,{mean},{mean / 2},")
 
-@pytest.mark.parametrize("script, more", [
-    (mini_vit, " --lr 1e-2 --epochs 8"),
-    *((script, " --muon --lr 2e-2 --epochs 3") for script in SCRIPTS)],
-    ids=lambda part: getattr(part, "__name__", part))
-def test_a_short_run_on_drawn_digits_is_well_above_chance(
-        command_line: Callable, script: object, more: str, few_digits: None) -> None:
-    code, out, err = command_line(script, TINY + " --dim 32 --batch-size 64" + more)
-    assert code == 0, err
-    accuracy = float(out.splitlines()[-1].split("%")[0].split()[-1])
-    assert accuracy > 30  # 46 to 60 was measured, with seed 0 on one core of an AMD EPYC
+def statements(script: ModuleType) -> list[str]:
+    """The text of each statement in main(), with the comments after it."""
+    text = Path(script.__file__).read_text(encoding="utf-8")
+    (main,) = (part for part in ast.parse(text).body if getattr(part, "name", "") == "main")
+    assert main.end_lineno - main.lineno < 48
+    starts = [min(part.lineno for part in (statement, *getattr(statement, "decorator_list", [])))
+              for statement in main.body]
+    ends, lines = [*starts[1:], main.end_lineno + 1], text.splitlines()
+    return ["\n".join(lines[start - 1 : end - 1]) for start, end in zip(starts, ends)]
 
+def differences(script: ModuleType, other: ModuleType) -> list[str]:
+    """The statements that only one of two main() has, with - or +."""
+    return [line for line in difflib.Differ().compare(statements(other), statements(script))
+            if line[0] in "+-"]
 
-@pytest.mark.parametrize("more", ["", " --muon"])
-def test_the_learning_rate_follows_the_schedule_over_all_epochs(
-        command_line: Callable, more: str, few_digits: None,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = []
-
-    def spied(*args: object) -> list[torch.optim.Optimizer]:
-        optimizers = common.make_optimizers(*args)
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(
-                lambda self, *_: rates.append(self.param_groups[0]["lr"]))
-        return optimizers
-
-    monkeypatch.setattr(mini_vit, "make_optimizers", spied)
-    options = TINY + more + " --epochs 3 --batch-size 400 --lr 0.01"
-    assert command_line(mini_vit, options)[0] == 0
-    assert rates == [common.learning_rate(step, 15, 0.01) for step in range(15) for _ in range(2)]
-
-
-# several processes
-
-def test_processes_learn_from_the_mean_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum over this process and another, whose gradient is three times as long."""
-    digits, model = common.draw_digits(10, seed=0), linear_model()
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad()
-        logits = model(common.normalise(digits.images))
-        nn.functional.cross_entropy(logits, digits.labels).backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    alone = gradients()
-    monkeypatch.setattr(common, "RANKS", 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda gradient: gradient.mul_(1 + 3))
-    common.make_ready(model, recipe(compile=False))
-    torch.testing.assert_close(gradients(), [2 * gradient for gradient in alone])
-
-
-@needs_fork
-@pytest.mark.parametrize("script, near, share_near", [(mini_vit, 1e-3, 2e-3),
-                                                      (mini_vit_augment, 0.1, 0.1)])
-def test_two_processes_train_as_one_does(start: Callable, command_line: Callable, script: object,
-                                         near: float, share_near: float) -> None:
-    """On the CPU (gloo). Without dropout and augmentation the loss curve is that of one process;
-    augmented, each process has random numbers of its own."""
-    options = TINY + " --validate --adversarial 1 --epochs 2 --batch-size 250 --lr 1e-2 --out "
-    first, second = train_in_two_processes(start, script, options + "two")
-    assert command_line(script, options + "one")[0] == 0
-    run = f"{script.__name__}-drawn-small-validate-seed0"
-    one, two = ([[float(x) for x in line.split(",")] for line in
-                 Path(out, run, "log.csv").read_text().splitlines()[1:]]
-                for out in ("one", "two"))
-    assert [row[0] for row in one] == [row[0] for row in two] == [1, 2]
-    for (_, loss, share, _), (_, same_loss, same_share, _) in zip(one, two):
-        assert same_loss == pytest.approx(loss, rel=near)
-        assert same_share == pytest.approx(share, abs=share_near)
-    assert " of 5000 drawn validation digits)" in first.out.read_text()
-    assert not second.out.read_text()
-
-
-def test_a_batch_that_cannot_be_shared_is_told(command_line: Callable,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "RANKS", 3)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda found: None)
-    code, _, err = command_line(mini_vit, TINY + " --batch-size 100")
-    assert code == 2 and "choose a multiple of 3" in err and len(err.splitlines()) == 1
-
-
-def test_other_processes_take_the_digits_that_the_first_found(
-        command_line: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where MNIST is not to be had, it has drawn some: the others try no download of their own."""
-    def find_digits(name: str, data_dir: str) -> None:
-        raise common.Problem(f"asked for {name}")
-
-    def broadcast(found: list) -> None:
-        found[:] = ["drawn"]
-
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which another process than the first replaces
-    monkeypatch.setattr(common, "RANK", 1)
-    monkeypatch.setattr(common, "RANKS", 2)
-    monkeypatch.setattr(common, "find_digits", find_digits)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    code, _, err = command_line(mini_vit, TINY.replace("--dataset drawn", ""))
-    assert (code, err) == (2, "mini_vit.py: asked for drawn\n")
+def test_a_diff_of_two_mains_shows_the_experiment_and_nothing_else() -> None:
+    (step, loop), *others = ([part for part in statements(script)
+                              if part.startswith(("    @CudaGraph", "    for epoch in "))]
+                             for script in SCRIPTS)
+    assert "\n        loss.backward()\n" in step and "= train_step(images, labels)\n" in loop
+    assert others == [[step, loop]] * 3
+    replaced, model = differences(mini_vit_concat, mini_vit)
+    assert model[2:] == replaced[2:].replace("ViT(", "ConcatViT(") != replaced[2:]
+    for difference in differences(mini_vit_augment, mini_vit):
+        assert re.search(r"options = |options\.predict|batches = |draw_augmented\(", difference)
+    assert sum(line[0] == "+" for line in differences(mini_vit_crossattn, mini_vit)) <= 7
+    for difference in differences(mini_vit_crossattn, mini_vit_augment):
+        assert re.search(r"ViT\(|predict|options = |parser", difference)
