@@ -10,7 +10,7 @@ import torchvision
 from conftest import TINY, read_options
 from pytest import MonkeyPatch
 from torch import Tensor, nn
-from torch._dynamo.testing import EagerAndRecordGraphs  # runs without a compiler
+from torch._dynamo.backends.debugging import aot_eager  # runs without a C++ compiler
 
 import common
 import mini_vit
@@ -90,12 +90,16 @@ def test_attention_over_features_is_the_formula(cross: bool) -> None:
                 out[b, i] += score / sum(scores) * value[b, j]
     torch.testing.assert_close(attention(x, context), attention.proj(out))
 
+def compile_and_keep(module: nn.Module) -> tuple[Callable, list]:
+    graphs = []
+    compile_one = lambda graph, inputs: (graphs.append(graph), aot_eager(graph, inputs))[1]
+    return torch.compile(module, backend=compile_one), graphs
+
 @pytest.mark.parametrize("kind, shape, context_shape", [
     (common.FeatureAttention, (4, 56), (4, 56)), (common.Attention, (4, 9, 56), (4, 6, 56))])
 @self_and_cross
 def test_attention_is_its_weights_times_its_values(kind: type, shape: tuple, context_shape: tuple,
                                                    cross: bool) -> None:
-    """Also when compiled, which over features is other code."""
     attention, x = kind(56, 4), torch.randn(shape, requires_grad=True)
     context = torch.randn(context_shape, requires_grad=True) if cross else x
     weights = attention.weights(x, context)
@@ -103,11 +107,10 @@ def test_attention_is_its_weights_times_its_values(kind: type, shape: tuple, con
     heads = weights @ attention.split(attention.value(context))  # (B, H, d, 1) or (B, H, N, d)
     joined = heads.flatten(1) if kind is common.FeatureAttention else heads.transpose(1, 2)
     expected = attention.proj(joined.reshape(shape))
-    backend = EagerAndRecordGraphs()
-    compiled = torch.compile(attention, backend=backend)
+    compiled, graphs = compile_and_keep(attention)
     for out in attention(x, context), compiled(x, context):
         same_with_gradients(out, expected, [*{x, context}, *attention.parameters()])
-    graph, = backend.graphs
+    graph, = graphs
     assert ("scaled_dot_product" in graph.code) == (kind is common.Attention)
 
 @pytest.mark.parametrize("name, flat", [("mini_vit", True), ("mini_vit", False),
@@ -118,10 +121,9 @@ def test_a_compiled_model_is_the_same(name: str, flat: bool) -> None:
     of a flat model may be compiled separately.)"""
     model = build(name, flat, layers=3, dropout=0.0, input_dropout=0.0)
     images = torch.randn(3, 1, 28, 28, requires_grad=True)
-    backend = EagerAndRecordGraphs()
-    compiled = torch.compile(model, backend=backend)
+    compiled, graphs = compile_and_keep(model)
     same_with_gradients(compiled(images), model(images), [images, *model.parameters()])
-    graph, = backend.graphs
+    graph, = graphs
     regions = [name for name, _ in graph.named_children() if "subgraph" in name]
     kinds = {type(block) for block in blocks_of(model)}
     assert len(regions) == (len(kinds) if flat else 2 * len(kinds))

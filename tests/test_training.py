@@ -94,7 +94,6 @@ def take_steps(optimizer: torch.optim.Optimizer, seed: int) -> list[Tensor]:
     return changes
 
 def with_svd(matrix: Tensor, factors: tuple, steps: int, least: float) -> Tensor:
-    """What torch.optim.Muon computes in bfloat16, here from a singular value decomposition."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm().clamp(min=least)
     a, b, c = factors
