@@ -44,19 +44,19 @@ class UserError(Exception):
 # ---- 1. attention and blocks --------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Scaled dot-product attention in several heads (Vaswani et al., 2017, arXiv 1706.03762):
+    """Scaled dot-product attention with several heads (Vaswani et al., 2017, arXiv 1706.03762):
 
         weights = softmax(query @ key^T / sqrt(d)),   out = weights @ value
 
     Queries come from x (B, N, D), keys and values from context (B, M, D). In self-attention, the
     context is x. Each head works on d of the D features. The result has the shape of x. Raises
-    UserError if the heads do not divide the width."""
+    UserError if the width is not divisible by the heads."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
         if dim % heads:
-            raise UserError(f"{heads} heads do not divide a width of {dim}: change --heads or "
-                            "--dim")
+            raise UserError(f"a width of {dim} is not divisible by {heads} heads: change --heads "
+                            "or --dim")
         self.heads = heads
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.key = nn.Linear(dim, dim, bias=qkv_bias)
@@ -92,7 +92,7 @@ class FeatureAttention(Attention):
 
         weights[i, j] = softmax_j(query[i] * key[j]),   out[i] = sum_j weights[i, j] * value[j]
 
-    (a token's width is 1 here, so nothing is divided by its root). For one image token, this is the
+    (a token's width is 1 here, so there is no scaling). For one image token, this is the
     cross-covariance attention of El-Nouby et al. (2021, arXiv 2106.09681)."""
 
     def split(self, x: Tensor) -> Tensor:
@@ -101,17 +101,17 @@ class FeatureAttention(Attention):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         query, key, value = self.project(x, context)
-        # Both branches compute the formula above. Which one is faster depends on the compiler.
-        if torch.compiler.is_compiling():  # it fuses these two lines into one kernel
+        # Both compute the formula above. Which is faster depends on whether the model is compiled.
+        if torch.compiler.is_compiling():  # the compiler fuses these two lines into one kernel
             weights = (query * key.mT).softmax(dim=-1)  # (B, H, d, 1) * (B, H, 1, d)
             out = (weights * value.mT).sum(dim=-1)  # (B, H, d)
-        else:  # one call, which stores no weights
+        else:  # one call, which does not store the weights
             out = F.scaled_dot_product_attention(query, key, value)  # (B, H, d, 1)
         return self.proj(out.flatten(1))  # (B, D)
 
 class Block(nn.Module):
-    """A pre-norm transformer block. Its input, (B, N, D) or flat (B, D), keeps its shape; unless
-    `class_token_only` is set: then only the first of the N tokens is computed, (B, 1, D)."""
+    """A pre-norm transformer block on (B, N, D) or flat (B, D). The result has the same shape. With
+    `class_token_only`, only the first of the N tokens is computed: (B, 1, D)."""
 
     def __init__(self, dim: int, heads: int, *, flat: bool, dropout: float = 0.0,
                  qkv_bias: bool = False) -> None:
@@ -124,7 +124,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.class_token_only = False
 
-    @torch.compiler.nested_compile_region  # blocks that are alike are compiled once
+    @torch.compiler.nested_compile_region  # identical blocks are compiled only once
     def forward(self, x: Tensor) -> Tensor:
         normed = queries = self.norm1(x)
         if self.class_token_only:  # one query, but still all keys and values
@@ -141,12 +141,12 @@ class Digits(NamedTuple):
     labels: Tensor
 
 def normalize(images: Tensor) -> Tensor:
-    """Bytes (B, 28, 28) to floats (B, 1, 28, 28) of mean 0 and variance 1 over MNIST's pixels."""
+    """Bytes (B, 28, 28) to floats (B, 1, 28, 28) with mean 0 and variance 1 over MNIST's pixels."""
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
 
 def seed_from(*numbers: int) -> int:
     """A seed below 2^32, made from these numbers. (The hash of integers is the same in every run;
-    only the hashes of text differ.)"""
+    only the hashes of strings differ.)"""
     return hash(numbers) % 2**32
 
 def generator(*numbers: int) -> torch.Generator:
@@ -154,7 +154,7 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_from(*numbers))
 
 def draw_digits(count: int, seed: int) -> Digits:
-    """Stand-in digits in PIL's own font, each randomly rotated, scaled, sheared and shifted."""
+    """Stand-in digits in PIL's default font, each randomly rotated, scaled, sheared and shifted."""
     page = Image.new("L", (28, 280))
     font = ImageFont.load_default(24)
     for digit in range(10):
@@ -167,8 +167,8 @@ def draw_digits(count: int, seed: int) -> Digits:
     return Digits("drawn", images.squeeze(1).byte(), labels)
 
 def fetch(source: type, folder: Path) -> None:
-    """Unpacks the .gz files of a data set, or downloads them first, in a temporary folder, and then
-    moves all files into `folder`: so two runs that start at once never read half a file."""
+    """Unpacks a data set's .gz files, or downloads them first, in a temporary folder, then moves
+    all files into `folder`, so two runs that start at the same time never read partial files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent.parent) as temporary:
         raw = Path(temporary, source.__name__, "raw")
@@ -180,8 +180,8 @@ def fetch(source: type, folder: Path) -> None:
             file.replace(folder / file.name)
 
 def find_digits(name: str, data_dir: Path) -> tuple[Digits, Digits]:
-    """The training and test set `name`, from disk or else from the network. Where MNIST is neither
-    on disk nor can be downloaded, drawn digits stand in, with a warning. Raises UserError."""
+    """The training and test set `name`, from disk or else from the network. If MNIST is not on
+    disk and cannot be downloaded, drawn digits stand in, with a warning. Raises UserError."""
     if name == "drawn":
         return draw_digits(10_000, seed=0), draw_digits(2_000, seed=1)
     source = getattr(torchvision.datasets, name)
@@ -194,13 +194,13 @@ def find_digits(name: str, data_dir: Path) -> tuple[Digits, Digits]:
             fetch(source, folder)
         train, test = source(data_dir, train=True), source(data_dir, train=False)
     except PermissionError:
-        raise  # the files may be sound: report_errors says which one may not be opened
-    except Exception as error:  # torchvision raises many kinds
+        raise  # the files may be intact: report_errors names the one that cannot be opened
+    except Exception as error:  # torchvision raises many kinds of errors
         reason = f"({type(error).__name__}: {' '.join(str(error).split())})"
         put = f"put {', '.join(files)} into {folder}"
         if on_disk:
             raise UserError(f"{name} cannot be read {reason}: delete {folder.parent} to download "
-                            f"it again, or {put} and nothing else") from error
+                            f"it again, or {put}, with no other files") from error
         problem = f"{name} cannot be downloaded {reason}: {put}, or choose --dataset drawn"
         if name != "MNIST":
             raise UserError(problem) from error
@@ -217,13 +217,13 @@ def load_digits(options: Namespace) -> tuple[Digits, Digits]:
         test_set = Digits(train_set.name, train_set.images[-5000:], train_set.labels[-5000:])
         train_set = Digits(train_set.name, train_set.images[:-5000], train_set.labels[:-5000])
     if options.batch_size > len(train_set.images):
-        raise UserError(f"--batch-size {options.batch_size} is more than all "
+        raise UserError(f"--batch-size {options.batch_size} is more than the "
                         f"{len(train_set.images)} training digits: choose a smaller one")
     return train_set, test_set
 
 def shuffled_indices(count: int, options: Namespace, first_epoch: int) -> Iterator:
-    """For each training step, its epoch and the indices of its digits, a list. Every epoch has its
-    own order, and drops the last, incomplete batch."""
+    """For each training step, its epoch and a list of its digits' indices. Every epoch has its own
+    order, and drops an incomplete last batch."""
     for epoch in range(first_epoch, options.epochs):
         order = torch.randperm(count, generator=generator(options.seed, epoch))
         for indices in order.split(options.batch_size)[: count // options.batch_size]:
@@ -262,10 +262,10 @@ class Muon(torch.optim.Optimizer):
     """Changes a matrix by the same amount in every direction (Jordan et al., 2024,
     kellerjordan.github.io/posts/muon).
 
-    A gradient is often large in a few directions and small in the rest; after orthogonalisation it
+    A gradient is often large in a few directions and small in the rest; after orthogonalization it
     is equally large in all. The norm of a step is about the same as AdamW's, so the same learning
     rates fit (Liu et al., 2025, arXiv 2502.16982). torch.optim.Muon does the same, one matrix at a
-    time; here all matrices of a shape form one batch."""
+    time; here all matrices of the same shape form one batch."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: Tensor, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -289,10 +289,10 @@ class Muon(torch.optim.Optimizer):
                 matrix.mul_(1 - lr * weight_decay).sub_(lr * change)
 
 def make_optimizers(model: nn.Module, lr: Tensor, options: Namespace) -> list:
-    """Muon or AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) for the matrices; for the rest
-    AdamW without weight decay. They share the learning rate `lr`, a tensor on the device."""
+    """Muon or AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) for the matrices, and AdamW
+    without weight decay for the rest. They share the learning rate `lr`, a tensor on the device."""
     capturable = options.device.type == "cuda"  # needed for CudaGraph, below
-    # A capturable AdamW warns of steps outside a graph, but the first three have to be.
+    # A capturable AdamW warns about steps outside a graph, but the first three must be outside.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
@@ -307,10 +307,10 @@ class CudaGraph:
     """A decorator for a training step, a function from images and labels to metrics.
 
     A step launches hundreds of small kernels, and a GPU runs them faster than Python can launch
-    them. So on a GPU, after three plain steps in which everything is set up, this captures the step
-    as a CUDA graph, and from then on replays the graph: one launch for all kernels. A graph reads
-    its inputs from the same memory each time, and writes its results to the same memory, so results
-    are valid until the next step. Random numbers are new in each replay."""
+    them. So on a GPU, after three ordinary steps as a warmup, this captures the step as a CUDA
+    graph, and from then on replays the graph: one launch for all kernels. A graph always reads its
+    inputs from one place in memory, and writes its results to another, so results are valid only
+    until the next step. Random numbers are new in each replay."""
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.step = step
@@ -355,14 +355,14 @@ def check_and_show(bar: tqdm, metrics: Tensor) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file for writing that gets its name only when it is complete, since a run may be
+    """A file opened for writing. It gets its name only once it is complete, since a run may be
     stopped at any moment."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file
         part.replace(path)
-    except RuntimeError as error:  # torch.save raises its own when the disk is full
+    except RuntimeError as error:  # torch.save turns the OSError of a full disk into its own error
         if isinstance(error.__context__, OSError):
             raise error.__context__
         raise
@@ -371,7 +371,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 def load_checkpoint(folder: Path, expected: dict) -> dict:
     """A run's checkpoint. Raises UserError if there is none, it is corrupt, or it does not have the
-    expected values; PermissionError if it may not be read."""
+    expected values; PermissionError if it cannot be opened."""
     path = folder / "checkpoint.pt"
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -381,7 +381,7 @@ def load_checkpoint(folder: Path, expected: dict) -> dict:
                         f"{script}.py and the same options") from None
     except PermissionError:
         raise
-    except Exception as error:  # torch raises a dozen kinds
+    except Exception as error:  # torch raises a dozen kinds of errors
         raise UserError(f"{path} is corrupt: train again, without --resume") from error
     different = [f"{name} {value}" for name, value in expected.items() if state.get(name) != value]
     if different:
@@ -392,12 +392,12 @@ def load_checkpoint(folder: Path, expected: dict) -> dict:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, device: torch.device, tta: int = 0) -> Tensor:
     """Probabilities (B, 10), on the CPU, for images (B, 28, 28). With test-time augmentation, the
-    mean over all shifts of an image by up to `tta` pixels in both directions."""
+    mean over all shifts of an image by up to `tta` pixels along both axes."""
     model.eval()
     shifts = list(itertools.product(range(-tta, tta + 1), repeat=2))
     total = torch.zeros(len(images), 10)
     for shift in shifts:
-        shifted = images.roll(shift, dims=(1, 2))  # black borders come in on the other side
+        shifted = images.roll(shift, dims=(1, 2))  # the border that wraps around is black
         with mixed_precision(device):
             # forward: not compiled, since compiling would take longer than all predictions
             logits = [model.forward(normalize(x.to(device))) for x in shifted.split(500)]
@@ -444,7 +444,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             group = dict(optimizer.param_groups[0])
-            optimizer.load_state_dict(saved)  # puts a copy in the place of main()'s tensor lr
+            optimizer.load_state_dict(saved)  # replaces main()'s tensor lr with a copy
             optimizer.param_groups[0].update(group)
         self.log = state["log"]
         print(f"resumed after epoch {len(self.log)}", flush=True)
@@ -462,8 +462,8 @@ class Run:
             text = "\n".join(["epoch,loss,accuracy,seconds", *rows, ""])
             (self.folder / "log.csv").write_text(text)
             draw_curve(self.folder / "curve.png", self.log)
-        except PermissionError as error:  # on Windows, while another program shows the file
-            print(f"{error}: it is written again after the next epoch", file=sys.stderr)
+        except PermissionError as error:  # on Windows, while another program has it open
+            print(f"{error}: it will be written after the next epoch", file=sys.stderr)
         saving = torch.utils.serialization.config.save
         saving.compute_crc32 = False  # without checksums, saving takes a third less time
         saving.use_pinned_memory_for_d2h = options.device.type == "cuda"  # and another quarter less
@@ -482,7 +482,7 @@ class Run:
         kind = "validation" if self.options.validate else "test"
         probabilities = predict(self.model, images, self.options.device, self.options.tta)
         predicted = probabilities.argmax(dim=1)
-        print(f"\nten {name} {kind} digits, and the model's three most probable predictions:")
+        print(f"\nten {name} {kind} digits, and the model's top three predictions:")
         for label, digit, row in zip(labels[:10], predicted, probabilities):
             print(f"  {label}:   {three_best(row)}{'' if digit == label else '   wrong'}")
         wrong = (predicted != labels).nonzero().flatten()
@@ -528,7 +528,7 @@ def draw_curve(path: Path, log: list[list[float]]) -> None:
 def draw_attention(path: Path, model: nn.Module, image: Tensor,
                    options: Namespace) -> None:
     """Draws the attention weights for an image, bytes (28, 28): a row for each attention layer, a
-    column for each head, with orange for large weights. On patches: those of the class token, over
+    column for each head, with orange for large weights. On patches: the class token's weights, over
     the image. Flat: all d x d weights, a row for each query."""
     weights = []
 
@@ -561,14 +561,14 @@ def between(kind: type, least: float, most: float) -> Callable[[str], float]:
     """A type for argparse: a number of this kind from `least` to `most`, both included."""
     def number(text: str) -> float:
         value = kind(text)
-        if not least <= value <= most:  # NaN, too
+        if not least <= value <= most:  # also true for NaN
             raise ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
 
     return number
 
 def working_device(name: str) -> torch.device:
-    """A type for argparse: a device on which a first sum succeeds."""
+    """A type for argparse: a device that can add two numbers."""
     try:
         one = torch.ones(1, device=name)
         (one + one).item()  # fails where the driver or the GPU is too old
@@ -579,7 +579,7 @@ def working_device(name: str) -> torch.device:
 
 def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
     """The options of all scripts. Their defaults depend on --device and --small, so these two are
-    parsed before the rest: `full` on a CUDA GPU, `small` elsewhere or with --small."""
+    parsed first. The defaults are `full` on a CUDA GPU, `small` elsewhere or with --small."""
     torch.set_float32_matmul_precision("high")  # for the whole run: TF32 where bfloat16 is not used
     parser = ArgumentParser(description=about.splitlines()[0], usage="%(prog)s [options]",
                             add_help=False, allow_abbrev=False,
@@ -588,10 +588,10 @@ def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
         parser.error("this trains on one GPU: start it with python, not with torchrun")
     model, training, run = map(parser.add_argument_group, ("model", "training", "run"))
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    run.add_argument("--device", type=working_device, default=str(fastest), help="cpu, cuda, mps")
+    run.add_argument("--device", type=working_device, default=str(fastest), help="cpu, cuda or mps")
     device = parser.parse_known_args()[0].device
     run.add_argument("--small", action=BooleanOptionalAction, default=device.type != "cuda",
-                     help="the small model, on patches, or full size")
+                     help="train the small model, on patches, instead of the full-size one")
     is_small = parser.parse_known_args()[0].small
     add_model_options(model)
     add_training_options(training)
@@ -604,8 +604,9 @@ def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
 def add_model_options(group: ArgumentParser) -> None:
     group.add_argument("--layers", type=between(int, 1, 999), help="number of layers")
     group.add_argument("--heads", type=between(int, 1, 99_999), help="attention heads per layer")
-    group.add_argument("--dim", type=between(int, 1, 99_999), help="width of a token")
-    group.add_argument("--patch-size", type=between(int, 1, 28), help="28 is the whole image, flat")
+    group.add_argument("--dim", type=between(int, 1, 99_999), help="embedding width")
+    group.add_argument("--patch-size", type=between(int, 1, 28),
+                       help="side of a patch in pixels; 28 is the whole image, flat")
     group.add_argument("--overlap", type=between(int, 0, 27), default=0,
                        help="pixels by which a patch extends into its neighbors on each side")
     group.add_argument("--dropout", type=between(float, 0, 0.99), default=0.0,
@@ -618,17 +619,17 @@ def add_training_options(group: ArgumentParser) -> None:
     group.add_argument("--batch-size", type=between(int, 1, 999_999), help="digits per step")
     group.add_argument("--lr", type=between(float, 0, 1e99), help="peak learning rate")
     group.add_argument("--weight-decay", type=between(float, 0, 1e99),
-                       help="weight decay of the matrices")
+                       help="weight decay for the matrices")
     group.add_argument("--muon", action=BooleanOptionalAction, default=False,
                        help="Muon instead of AdamW for the matrices")
     group.add_argument("--adversarial", type=between(float, 0, 1e99), metavar="SIZE", default=0.0,
                        help="also train on adversarial examples, at this L2 distance from the "
-                            "digits; one pixel from black to white is 1")
+                            "digits; 1 is one pixel turned from black to white")
 
 def add_run_options(group: ArgumentParser) -> None:
     group.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0, help="random seed")
     group.add_argument("--validate", action="store_true",
-                       help="hold out 5,000 training digits and test on these")
+                       help="hold out 5,000 training digits and test on them")
     group.add_argument("--tta", type=between(int, 0, 27), metavar="PIXELS", default=0,
                        help="test-time augmentation: average the predictions over all shifts by up "
                             "to this many pixels")
@@ -636,8 +637,8 @@ def add_run_options(group: ArgumentParser) -> None:
     group.add_argument("--dataset", choices=("MNIST", "FashionMNIST", "KMNIST", "drawn"),
                        default="MNIST", help="drawn: digits in one font, which need no files")
     group.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "data",
-                       help="folder of the data sets")
-    group.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs")
+                       help="folder for the data sets")
+    group.add_argument("--out", type=Path, default=Path("runs"), help="folder for the runs")
     group.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile the model")
     group.add_argument("-h", "--help", action="help", help="show this help and exit")
 
@@ -647,7 +648,7 @@ def model_options(options: Namespace) -> dict:
     return {name: getattr(options, name) for name in names}
 
 def training_options(options: Namespace) -> dict:
-    """The options that its training depends on, by name, besides the data set and the seed."""
+    """The options that training depends on, by name, apart from the data set and the seed."""
     names = "epochs", "batch_size", "lr", "weight_decay", "muon", "adversarial"
     return {name: getattr(options, name) for name in names}
 
@@ -659,9 +660,9 @@ def run_folder(options: Namespace, data_set: str) -> Path:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Goes around main(). A user's mistake, a fault of the machine or Ctrl-C ends the program with
-    one line on stderr. Any other exception is a bug and keeps its traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know a file name's letters
+    """Wraps main(). A user's mistake, a system error or Ctrl-C ends the program with one line on
+    stderr. Any other exception is a bug and keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may be unable to print a file name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

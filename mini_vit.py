@@ -1,11 +1,12 @@
 """mini_vit.py: a transformer that sees the whole digit as one vector.
 
     python mini_vit.py               full size on a CUDA GPU, the small model elsewhere
-    python mini_vit.py --no-small    full size: 16 layers, 14 heads of 56 (784 wide), 118M
+    python mini_vit.py --no-small    full size: 16 layers of 14 heads, 784 wide, 118M parameters
     python mini_vit.py --small       a ViT on patches of 4 x 4 pixels, 0.2M parameters
 
-Measured on MNIST's test set, mean and standard deviation of seeds 0, 1, 2: full size 99.15 +- 0.04%,
-36 epochs in 7.7 minutes on an H100 that trained six models at once. Small: @D_VIT@
+MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
+full size 99.15 +- 0.04%, 36 epochs in 7.7 minutes on an H100 that trained six models at once.
+small @D_VIT@
 
 At full size, the flat 28 x 28 image goes into the first block as it is, with no projection. A
 transformer works on a sequence of tokens, and this is a sequence of one, so attention is over the
@@ -44,8 +45,8 @@ class PatchEmbedding(nn.Module):
                  dropout: float = 0.0) -> None:
         super().__init__()
         if image_size % patch_size:
-            raise UserError(f"--patch-size {patch_size} does not divide {image_size} pixels: "
-                            "choose another")
+            raise UserError(f"--patch-size {patch_size} does not divide the image's {image_size} "
+                            "pixels: choose another")
         self.dropout = dropout
         window = patch_size + 2 * overlap
         self.unfold = nn.Unfold(window, padding=overlap, stride=patch_size)
@@ -63,7 +64,7 @@ class PatchEmbedding(nn.Module):
         return torch.cat([class_tokens, tokens], dim=1)  # (B, N, D)
 
     def drop_patches(self, tokens: Tensor) -> Tensor:
-        """Keeps a random choice of each image's tokens."""
+        """Keeps a random subset of each image's tokens."""
         count = max(1, round(tokens.shape[1] * (1 - self.dropout)))
         order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
         return tokens.take_along_dim(order[:, :count, None], dim=1)  # (B, count, D)
@@ -71,8 +72,8 @@ class PatchEmbedding(nn.Module):
 
 def make_embedding(dim: int, patch_size: int, overlap: int, dropout: float, image_size: int = 28,
                    channels: int = 1) -> nn.Module:
-    """The first stage of a model: a PatchEmbedding. If the patch is the whole image, only a change
-    of shape to (B, D), and dropout of pixels. Raises UserError if a flat image is not D wide."""
+    """The first stage of a model: a PatchEmbedding or, if the patch is the whole image, just a
+    reshape to (B, D) and dropout of pixels. Raises UserError if a flat image is not D wide."""
     if patch_size != image_size:
         return PatchEmbedding(dim, patch_size, image_size, channels, overlap, dropout)
     width = channels * image_size**2
@@ -100,8 +101,8 @@ class ViT(nn.Module):
     """Images (B, channels, image_size, image_size) to logits (B, classes).
 
     If the patch is the whole image, the model is flat, and its blocks work on (B, D). With smaller
-    patches it is the paper's ViT, and they work on (B, N, D). ViT-B/16 is layers=12, heads=12,
-    dim=768, patch_size=16, image_size=224, channels=3, classes=1000.
+    patches it is the paper's ViT, and its blocks work on (B, N, D). ViT-B/16 is layers=12,
+    heads=12, dim=768, patch_size=16, image_size=224, channels=3, classes=1000.
     """
 
     def __init__(self, *, layers: int, heads: int, dim: int, patch_size: int, overlap: int = 0,

@@ -4,13 +4,14 @@
     python mini_vit_augment.py --no-small    full size, 118M parameters
     python mini_vit_augment.py --small       on patches of 4 x 4 pixels, 0.2M parameters
 
-Measured on MNIST's test set, mean and standard deviation of seeds 0, 1, 2: full size 99.58 +- 0.04%,
-100 epochs in 8.1 minutes on an H100 that trained eight models at once. Small: @D_AUG@
+MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
+full size 99.58 +- 0.04%, 100 epochs in 8.1 minutes on an H100 that trained eight models at once,
+small @D_AUG@
 
-A big network can memorize its training set. So it never sees a picture twice: digits are rotated,
-scaled, sheared, shifted and elastically deformed, differently in every epoch, a batch at a time. On
-a GPU, worker processes do this while the model trains. main() is that of mini_vit.py, except for
-the batches and --predict, which reads your own digits.
+A big network can memorize its training set. So this one never sees a picture twice: digits are
+rotated, scaled, sheared, shifted and elastically deformed, differently in every epoch, a batch at a
+time. On a GPU, worker processes do this while the model trains. main() is that of mini_vit.py,
+except for the batches and --predict, which reads your own digits.
 """
 
 import glob
@@ -45,9 +46,10 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     """Bytes (B, 28, 28) to bytes (B, 28, 28), each image changed differently.
 
     Draws uniformly: a rotation of up to `degrees`, factors 1 +- `scale` for width and height, a
-    `shear`, a `shift` in pixels. Then comes an elastic deformation (Simard et al., 2003), a smooth
-    field with a standard deviation of `bend` pixels. All of it goes into one sampling grid, so that
-    an image is resampled only once. No flips: a mirrored 2 is not a 2.
+    shear of up to `shear`, shifts of up to `shift` pixels. Then comes an elastic deformation
+    (Simard et al., 2003), a smooth displacement field with a standard deviation of `bend` pixels.
+    All of it goes into one sampling grid, so that an image is resampled only once. No flips: a
+    mirrored 2 is not a 2.
     """
     count, size = len(images), images.shape[-1]
     angle, scale_x, scale_y, shears, shift_x, shift_y = (
@@ -72,28 +74,28 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
 
 def bumps(size: int) -> Tensor:
     """Smooth fields (49, size^2): a Gaussian bump every four pixels. At each pixel their squares
-    sum to 1, so with normal weights the sum of all has a standard deviation of 1."""
+    sum to 1, so a sum with standard normal weights has a standard deviation of 1."""
     distance = torch.arange(size)[:, None] - (1.5 + torch.arange(0, size, 4))
     bump = F.normalize(torch.exp(-(distance**2) / (2 * 4**2)), dim=1)  # (28, 7), along one axis
     return torch.kron(bump, bump).T
 
 
 class AugmentedBatches(Dataset):
-    """Makes a batch from an epoch and the indices of its digits. A batch depends on these two and
-    on the seed only, so the number of workers changes nothing."""
+    """Makes a batch from an epoch and the indices of its digits. A batch depends only on these two
+    and the seed, so the number of workers changes nothing."""
 
     def __init__(self, digits: Digits, seed: int) -> None:
         self.digits, self.seed = digits, seed
 
     def __getitem__(self, step: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
         epoch, indices = step
-        # Seeded with the epoch and the first index, which no other batch of the run shares.
+        # Seeded with the epoch and the first index, a pair that no other batch of the run has.
         random = generator(self.seed, epoch * len(self.digits.images) + indices[0])
         return augment(self.digits.images[indices], random), self.digits.labels[indices]
 
 
 def ignore_ctrl_c(worker: int) -> None:
-    """For workers: Ctrl-C reaches them, too, but the main process ends them."""
+    """Runs in each worker: Ctrl-C reaches it, too, but the main process stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -104,15 +106,15 @@ def augmented_batches(digits: Digits, options: Namespace, first_epoch: int) -> I
     loader = DataLoader(AugmentedBatches(digits, options.seed), batch_size=None,
                         sampler=shuffled_indices(len(digits.images), options, first_epoch),
                         num_workers=options.workers, worker_init_fn=ignore_ctrl_c,
-                        pin_memory=on_gpu, generator=torch.Generator())  # not the one of dropout
+                        pin_memory=on_gpu, generator=torch.Generator())  # not dropout's generator
     for images, labels in loader:
         yield (images.to(options.device, non_blocking=on_gpu),
                labels.to(options.device, non_blocking=on_gpu))
 
 
 def add_workers_option(parser: ArgumentParser) -> None:
-    on_cpu = parser.get_default("device").type == "cpu"  # where they would take the model's cores
-    parser.add_argument("--workers", type=between(int, 0, 999), help="processes that augment",
+    on_cpu = parser.get_default("device").type == "cpu"  # there, workers would slow down the model
+    parser.add_argument("--workers", type=between(int, 0, 999), help="processes for augmentation",
                         default=0 if on_cpu else min(4, os.cpu_count() or 1))
 
 
@@ -120,7 +122,7 @@ def read_options() -> Namespace:
     parser = make_parser(__doc__, FULL, SMALL)
     add_workers_option(parser)
     parser.add_argument("--predict", nargs="+", action="extend", metavar="PICTURE",
-                        help="read pictures, or folders of pictures, with the trained model")
+                        help="pictures, or folders of pictures, to read with the trained model")
     return parser.parse_args()
 
 
@@ -185,7 +187,7 @@ def main() -> None:
 
 def open_picture(path: Path) -> Tensor:
     """A picture's brightness (h, w) from 0 to 1, its longer side 400 pixels. Raises UserError."""
-    Image.MAX_IMAGE_PIXELS = 200_000_000  # as in large photos; PIL refuses twice as many
+    Image.MAX_IMAGE_PIXELS = 200_000_000  # allows large photos: PIL refuses only above twice this
     try:
         if path.is_dir():
             raise ValueError("the folder is empty")
@@ -196,23 +198,23 @@ def open_picture(path: Path) -> Tensor:
                 picture = picture.convert("F").point(lambda x: (x - low) * scale).convert("L")
             elif picture.mode in ("1", "P"):  # PIL does not average these when it resizes
                 picture = picture.convert("L" if picture.mode == "1" else "RGBA")
-            picture.thumbnail((400, 400))  # in little memory, however large the picture is
+            picture.thumbnail((400, 400))  # uses little memory, however large the picture
             ImageOps.exif_transpose(picture, in_place=True)
-    except Exception as error:  # PIL raises many kinds
+    except Exception as error:  # PIL raises many kinds of errors
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): check its name, "
-                        "or take a screenshot of the picture and read that") from error
+                        "or take a screenshot of the picture and use that") from error
     page = Image.alpha_composite(Image.new("RGBA", picture.size, "gray"), picture.convert("RGBA"))
     return pil_to_tensor(ImageOps.contain(page.convert("L"), (400, 400)))[0] / 255
 
 def find_ink(brightness: Tensor) -> Tensor:
     """The fraction of light (h, w) that ink absorbs, by a black-hat filter (Meyer, 1979): ink is
     dark and narrow; paper, shadows and the desk are wide. A maximum over a window, then a minimum
-    over it, removes the ink and leaves the paper."""
+    over it, remove the ink and leave the paper."""
     brightness = F.avg_pool2d(brightness[None], 3, stride=1, padding=1, count_include_pad=False)
-    gamma = brightness**0.7  # here a shadow differs less from paper than ink does from a shadow
-    if gamma.median() < (gamma.min() + gamma.max()) / 2:  # dark paper, which is the median
+    gamma = brightness**0.7  # brings a shadow closer to the paper than to the ink
+    if gamma.median() < (gamma.min() + gamma.max()) / 2:  # the median is the paper: here it is dark
         brightness = 1 - brightness
-    paper = F.avg_pool2d(brightness, 2, ceil_mode=True)  # half the size, to be faster
+    paper = F.avg_pool2d(brightness, 2, ceil_mode=True)  # half the size, for speed
     radius = max(paper.shape) // 6  # of the window
     paper = F.pad(paper, [2 * radius] * 4, mode="replicate")  # widens a desk at the edge
     for sign in (1, -1):  # maximum, minimum
@@ -232,26 +234,26 @@ def connected_parts(mask: Tensor) -> list[Tensor]:
         numbers = spread
 
 def margins(mask: Tensor) -> Tensor:
-    """The empty rows above and below what is in a mask (h, w), and the empty columns beside it."""
+    """Counts a mask's (h, w) empty rows at top and bottom, and empty columns left and right."""
     rows, columns = mask.any(dim=1).int(), mask.any(dim=0).int()
     return torch.stack([x.argmax() for x in (rows, rows.flip(0), columns, columns.flip(0))])
 
 def digit_part(mask: Tensor) -> Tensor:
-    """Of a mask of ink, the digit: without specks, a box around it and what touches the edge."""
+    """The digit in a mask of ink, without specks, a box around it, or what touches the edge."""
     squares = F.max_pool2d(mask[None].float(), 4, ceil_mode=True)[0] > 0  # bridges small gaps
     parts = sorted(connected_parts(squares), key=Tensor.sum)[-20:]  # the largest
-    parts = [part for part in parts if margins(part).all()] or parts  # where none is 0
+    parts = [part for part in parts if margins(part).all()] or parts  # those off the edge, if any
     parts = [part for part in parts if not any((margins(part) < margins(other)).all()
                                                for other in parts if 20 * other.sum() > part.sum())]
     digit = torch.stack([part for part in parts if 20 * part.sum() > parts[-1].sum()]).any(dim=0)
     return mask & digit.repeat_interleave(4, 0).repeat_interleave(4, 1)[: len(mask), : len(mask.T)]
 
 def prepare(path: Path) -> Tensor:
-    """A picture of a digit as bytes (28, 28) like MNIST's: bright on black, in 20 x 20 pixels, its
-    center of mass in the middle (LeCun et al., 1998). Raises UserError."""
+    """A picture of a digit as bytes (28, 28) like MNIST's: bright on black, scaled to 20 x 20
+    pixels, its center of mass in the middle (LeCun et al., 1998). Raises UserError."""
     ink = find_ink(open_picture(path))
     if ink.max() < max(0.1, 12 * ink.quantile(0.1)):
-        raise UserError(f"{path} shows no digit: take a picture where it stands out from the paper")
+        raise UserError(f"{path} shows no digit that stands out from the paper: retake the picture")
     digit = digit_part(ink > ink.max() / 2)
     ink = ink * F.max_pool2d(digit[None].float(), 13, stride=1, padding=6)[0]  # with its soft edge
     top, bottom, left, right = margins(digit)
@@ -266,7 +268,7 @@ def prepare(path: Path) -> Tensor:
     return (255 * F.pad(ink / ink.max(), (left, 28 - width - left, top, 28 - height - top))).byte()
 
 def read_pictures(model: nn.Module, options: Namespace) -> None:
-    """Prints what each picture is read as. Raises one UserError, last, for all that cannot be."""
+    """Prints each picture's prediction. Finally, raises one UserError for all unreadable ones."""
     folder, drawn = run_folder(options, options.dataset), run_folder(options, "drawn")
     if options.dataset == "MNIST" and not folder.exists() and (drawn / "checkpoint.pt").exists():
         folder = drawn
@@ -286,7 +288,7 @@ def read_pictures(model: nn.Module, options: Namespace) -> None:
             continue
         probabilities = predict(model, image[None], options.device, options.tta)[0]
         print(f"\n{path}:   {three_best(probabilities)}")
-        for row in image.tolist():  # two characters per pixel: about as wide as high
+        for row in image.tolist():  # two characters per pixel look about square
             print("".join(" .:-=+*#%@"[value * 9 // 255] * 2 for value in row).rstrip())
         draw_attention(folder / f"attention-{number}-{path.stem}.png", model, image, options)
     if errors:

@@ -1,11 +1,12 @@
-"""mini_vit_concat.py: every block sees the original image again, beside the previous output.
+"""mini_vit_concat.py: every block sees the original image along with the previous output.
 
     python mini_vit_concat.py               full size on a CUDA GPU, the small model elsewhere
-    python mini_vit_concat.py --no-small    full size: 16 layers, 16 heads of 98 (1568 wide), 493M
+    python mini_vit_concat.py --no-small    full size: 16 layers, 1568 wide, 493M parameters
     python mini_vit_concat.py --small       4 layers, on patches, 0.2M parameters
 
-Measured on MNIST's test set, mean and standard deviation of seeds 0, 1, 2: full size 99.18 +- 0.03%,
-16 epochs in 9.2 minutes on an H100 that trained six models at once. Small: @D_CONCAT@
+MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
+full size 99.18 +- 0.03%, 16 epochs in 9.2 minutes on an H100 that trained six models at once.
+small @D_CONCAT@
 
 Does a deep network forget its input? This one cannot: the image is concatenated with what the
 previous block made of it. The block works on both halves (784 + 784 = 1568 features), and a linear

@@ -143,11 +143,11 @@ def test_full_size_on_a_cpu_warns_and_no_epochs_test_what_is_untrained(
 # ---- mistakes and faults -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    ("--heads 3", "heads do not divide a width of 16: change --heads or --dim"),
-    ("--patch-size 5", "--patch-size 5 does not divide 28 pixels: choose another"),
+    ("--heads 3", "a width of 16 is not divisible by 3 heads: change --heads or --dim"),
+    ("--patch-size 5", "--patch-size 5 does not divide the image's 28 pixels: choose another"),
     ("--patch-size 28", "needs --dim 784 and --overlap 0: pass both"),
     ("--patch-size 28 --dim 784 --overlap 2", "needs --dim 784 and --overlap 0: pass both"),
-    ("--batch-size 1001", "more than all 1000 training digits: choose a smaller one"),
+    ("--batch-size 1001", "more than the 1000 training digits: choose a smaller one"),
     ("--lr 1e12 --epochs 2", "choose a lower --lr"), ("--patch-size 56", "not between 1 and 28"),
     ("--dataset KMNIST --data-dir nowhere", "KMNIST cannot be downloaded"),
     ("--epochs -1", "-1 is not between 0 and"), ("--batch-size 0", "0 is not between 1 and"),
@@ -219,7 +219,7 @@ def test_a_log_that_a_spreadsheet_has_open_costs_no_epoch(command_line: Callable
     monkeypatch.setattr(Path, "write_text", refuse_once)
     code, out, err = command_line(mini_vit, TINY + " --epochs 2")
     assert code == 0 and "epoch 2 of 2" in out and len(refused[0].read_text().splitlines()) == 3
-    assert err.count("\n") == 1 and "log.csv': it is written again" in err
+    assert err.count("\n") == 1 and "log.csv': it will be written" in err
 
 # ---- the command line ----------------------------------------------------------------------------
 
