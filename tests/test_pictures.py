@@ -1,5 +1,6 @@
 """--predict: pictures of handwritten digits, and files of many kinds."""
 
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, c
     """A small model, trained for a minute or so, and digits that it has not seen."""
     words = [mini_vit_augment.__file__, "--out", str(tmp_path_factory.mktemp("reader")),
              *(SMALL + ("2" if MNIST else "6 --dataset drawn")).split()]
-    subprocess.run([sys.executable, *words], check=True)
+    both_cores = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, *words], check=True, env=both_cores)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         options = common.make_parser("digits", {}, mini_vit_augment.SMALL).parse_args()

@@ -293,7 +293,7 @@ def test_the_curve_follows_the_log_between_axes_with_numbers(monkeypatch: Monkey
 
 # ---- the house -----------------------------------------------------------------------------------
 
-LIMITS = {"common.py": 681, "mini_vit.py": 200, "mini_vit_concat.py": 105, "README.md": 200,
+LIMITS = {"common.py": 682, "mini_vit.py": 200, "mini_vit_concat.py": 105, "README.md": 200,
           "mini_vit_augment.py": 300, "mini_vit_crossattn.py": 135, "measurements.md": 120,
           "conftest.py": 80, "tests": 2000}
 
