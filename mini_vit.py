@@ -6,7 +6,7 @@
 
 MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
 full size 99.15 +- 0.04%, 36 epochs in 7.7 minutes on an H100 that trained six models at once.
-small @D_VIT@
+small     99.42 +- 0.04%, 18 epochs in 15.7 minutes on two CPU cores; by default now 22 epochs.
 
 At full size, the flat 28 x 28 image goes into the first block as it is, with no projection. A
 transformer works on a sequence of tokens, and this is a sequence of one, so attention is over the

@@ -333,7 +333,6 @@ def test_a_run_trains_its_model_on_its_digits_logs_means_and_tests_on_other_digi
     assert log.read_text().splitlines()[1].startswith(f"1,{mean},{mean / 2},")
 
 def statements(script: ModuleType) -> list[str]:
-    """The text of each statement in main(), with the comments after it."""
     text = Path(script.__file__).read_text(encoding="utf-8")
     (main,) = (part for part in ast.parse(text).body if getattr(part, "name", "") == "main")
     assert main.end_lineno - main.lineno < 48
@@ -343,7 +342,6 @@ def statements(script: ModuleType) -> list[str]:
     return ["\n".join(lines[start - 1 : end - 1]) for start, end in zip(starts, ends)]
 
 def differences(script: ModuleType, other: ModuleType) -> list[str]:
-    """The statements that only one of two main() has, with - or +."""
     return [line for line in difflib.Differ().compare(statements(other), statements(script))
             if line[0] in "+-"]
 
