@@ -93,7 +93,7 @@ class FeatureAttention(Attention):
         weights[i, j] = softmax_j(query[i] * key[j]),   out[i] = sum_j weights[i, j] * value[j]
 
     (a token's width is 1 here, so there is no scaling). For one image token, this is the
-    cross-covariance attention of El-Nouby et al. (2021, arXiv 2106.09681)."""
+    cross-covariance attention of El-Nouby et al. (2021, arXiv 2106.09681), not normalized."""
 
     def split(self, x: Tensor) -> Tensor:
         """(B, D) to (B, H, d, 1)."""
@@ -167,8 +167,8 @@ def draw_digits(count: int, seed: int) -> Digits:
     return Digits("drawn", images.squeeze(1).byte(), labels)
 
 def fetch(source: type, folder: Path) -> None:
-    """Unpacks a data set's .gz files, or downloads them first, in a temporary folder, then moves
-    all files into `folder`, so two runs that start at the same time never read partial files."""
+    """Unpacks a data set's .gz files in a temporary folder, after downloading missing ones, and
+    moves all files into `folder`, so two runs that start together never read partial files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent.parent) as temporary:
         raw = Path(temporary, source.__name__, "raw")
@@ -337,7 +337,7 @@ class CudaGraph:
             self.metrics = self.step(self.images, self.labels)
 
 def progress_bar(steps: int, epoch: int, batch_size: int) -> tqdm:
-    """Counts the steps of an epoch on stderr, if that is a terminal and TQDM_DISABLE is not set."""
+    """Counts an epoch's images on stderr, if that is a terminal and TQDM_DISABLE is not set."""
     shown = sys.stderr and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
     return tqdm(range(steps), f"epoch {epoch + 1}", leave=False, unit=" images",
                 unit_scale=batch_size, disable=not shown)
@@ -405,7 +405,7 @@ def predict(model: nn.Module, images: Tensor, device: torch.device, tta: int = 0
     return total / len(shifts)
 
 def three_best(probabilities: Tensor) -> str:
-    """The three most probable digits with their probabilities (10)."""
+    """The three most probable digits and their probabilities, as text. The input is (10)."""
     best = probabilities.topk(3)
     return "   ".join(f"{digit} {p:6.1%}" for p, digit in zip(best.values, best.indices))
 
@@ -579,7 +579,7 @@ def working_device(name: str) -> torch.device:
 
 def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
     """The options of all scripts. Their defaults depend on --device and --small, so these two are
-    parsed first. The defaults are `full` on a CUDA GPU, `small` elsewhere or with --small."""
+    parsed first: `small` with --small, which is on unless there is a CUDA GPU, else `full`."""
     torch.set_float32_matmul_precision("high")  # for the whole run: TF32 where bfloat16 is not used
     parser = ArgumentParser(description=about.splitlines()[0], usage="%(prog)s [options]",
                             add_help=False, allow_abbrev=False,

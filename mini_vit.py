@@ -6,13 +6,13 @@
 
 MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
 full size 99.15 +- 0.04%, 36 epochs in 7.7 minutes on an H100 that trained six models at once.
-small     99.42 +- 0.04%, 18 epochs in 15.7 minutes on two CPU cores; by default now 22 epochs.
+small     99.42 +- 0.04%, 18 epochs in 15.7 minutes on two CPU cores; the default is now 22.
 
 At full size, the flat 28 x 28 image goes into the first block as it is, with no projection. A
 transformer works on a sequence of tokens, and this is a sequence of one, so attention is over the
 token's features: see FeatureAttention in common.py. A network of this size soon memorizes its
-training digits, so it also trains on adversarial examples. With patches, the same class is the ViT
-of Dosovitskiy et al. (2020, arXiv 2010.11929).
+training digits, so it also trains on adversarial examples. With patches, ViT is the model of
+Dosovitskiy et al. (2020, arXiv 2010.11929).
 """
 
 import math

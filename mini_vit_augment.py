@@ -58,7 +58,7 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     scale_x, scale_y, shears = 1 + scale_x * scale, 1 + scale_y * scale, shears * shear
     shift_x, shift_y = shift_x * shift * 2 / size, shift_y * shift * 2 / size  # grid: -1 to 1
     # A pixel takes its value from the image at sampling coordinates (x, y). Each of the two is a
-    # weighted sum of the pixel's own x, its own y, and 1: the rows of an affine matrix.
+    # weighted sum of the pixel's own x, its own y, and 1. The weights are a row of `affine`.
     affine = torch.stack([scale_x * cos, shears - scale_y * sin, shift_x,
                           scale_x * sin, scale_y * cos, shift_y], dim=1)
     centers = (2 * torch.arange(size) + 1) / size - 1
@@ -95,7 +95,7 @@ class AugmentedBatches(Dataset):
 
 
 def ignore_ctrl_c(worker: int) -> None:
-    """Runs in each worker: Ctrl-C reaches it, too, but the main process stops it."""
+    """Runs in each worker: Ctrl-C reaches workers, too, but the main process stops them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -242,15 +242,15 @@ def digit_part(mask: Tensor) -> Tensor:
     """The digit in a mask of ink, without specks, a box around it, or what touches the edge."""
     squares = F.max_pool2d(mask[None].float(), 4, ceil_mode=True)[0] > 0  # bridges small gaps
     parts = sorted(connected_parts(squares), key=Tensor.sum)[-20:]  # the largest
-    parts = [part for part in parts if margins(part).all()] or parts  # those off the edge, if any
+    parts = [part for part in parts if margins(part).all()] or parts  # clear of the edge, if any
     parts = [part for part in parts if not any((margins(part) < margins(other)).all()
                                                for other in parts if 20 * other.sum() > part.sum())]
     digit = torch.stack([part for part in parts if 20 * part.sum() > parts[-1].sum()]).any(dim=0)
     return mask & digit.repeat_interleave(4, 0).repeat_interleave(4, 1)[: len(mask), : len(mask.T)]
 
 def prepare(path: Path) -> Tensor:
-    """A picture of a digit as bytes (28, 28) like MNIST's: bright on black, scaled to 20 x 20
-    pixels, its center of mass in the middle (LeCun et al., 1998). Raises UserError."""
+    """A picture of a digit as bytes (28, 28) like MNIST's: bright on black, scaled to fit 20 x
+    20 pixels, its center of mass in the middle (LeCun et al., 1998). Raises UserError."""
     ink = find_ink(open_picture(path))
     if ink.max() < max(0.1, 12 * ink.quantile(0.1)):
         raise UserError(f"{path} shows no digit that stands out from the paper: retake the picture")
