@@ -144,7 +144,7 @@ def test_full_size_on_a_cpu_warns_and_no_epochs_test_what_is_untrained(
 
 @pytest.mark.parametrize("options, words", [
     ("--heads 3", "a width of 16 is not divisible by 3 heads: change --heads or --dim"),
-    ("--patch-size 5", "--patch-size 5 does not divide the image's 28 pixels: choose another"),
+    ("--patch-size 5", "--patch-size 5 must divide 28: choose another"),
     ("--patch-size 28", "needs --dim 784 and --overlap 0: pass both"),
     ("--patch-size 28 --dim 784 --overlap 2", "needs --dim 784 and --overlap 0: pass both"),
     ("--batch-size 1001", "more than the 1000 training digits: choose a smaller one"),
@@ -293,7 +293,7 @@ def test_the_curve_follows_the_log_between_axes_with_numbers(monkeypatch: Monkey
 
 # ---- the house -----------------------------------------------------------------------------------
 
-LIMITS = {"common.py": 682, "mini_vit.py": 200, "mini_vit_concat.py": 105, "README.md": 200,
+LIMITS = {"common.py": 682, "mini_vit.py": 190, "mini_vit_concat.py": 105, "README.md": 200,
           "mini_vit_augment.py": 300, "mini_vit_crossattn.py": 135, "measurements.md": 120,
           "conftest.py": 80, "tests": 2000}
 
