@@ -6,7 +6,7 @@
 
 MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
 full size 99.58 +- 0.04%, 100 epochs in 8.1 minutes on an H100 that trained eight models at once,
-small @D_AUG@
+small     99.59 +- 0.02%, 21 epochs in 12 minutes on two CPU cores.
 
 A big network can memorize its training set. So this one never sees a picture twice: digits are
 rotated, scaled, sheared, shifted and elastically deformed, differently in every epoch, a batch at a
