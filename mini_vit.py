@@ -5,7 +5,7 @@
 
 MNIST test accuracy, mean and standard deviation over seeds 0, 1, 2:
 full size 99.15 +- 0.04%, 36 epochs in 7.7 minutes on an H100 that trained six models at once.
-small     99.42 +- 0.04%, 18 epochs in 15.7 minutes on two CPU cores; the default is now 22.
+small     99.42 +- 0.04%, 18 epochs in 15.7 minutes on two AMD EPYC cores; the default is now 22.
 
 At full size (16 layers, 14 heads x 56 = 784 wide), the flat 28 x 28 image goes into the first block
 as it is, with no projection. A transformer works on a sequence of tokens, and this is a sequence of
@@ -133,7 +133,7 @@ def add_adversarial_gradients(model: nn.Module, images: Tensor, labels: Tensor,
     in normalized images. Call it after the backward pass, which computes images.grad."""
     direction = F.normalize(images.grad.flatten(1)).view_as(images)
     examples = images.detach() + direction * size / 0.3081
-    with mixed_precision(images.device):  # requires_grad: or torch.compile would recompile
+    with mixed_precision(images.device):  # requires_grad: otherwise torch.compile recompiles
         loss = F.cross_entropy(model(examples.requires_grad_()), labels)
     loss.backward()
 
@@ -145,7 +145,7 @@ def main() -> None:
     model = ViT(**model_options(options)).to(options.device)
     if options.compile:
         model.compile()
-    lr = torch.zeros((), device=options.device)  # set before each step, in place: see CudaGraph
+    lr = torch.zeros((), device=options.device)  # set in place: a CUDA graph freezes plain numbers
     optimizers = make_optimizers(model, lr, options)
     run = Run(options, train_set, model, optimizers)
     run.start()
