@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         """(B, N, D) to (B, H, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, split into heads."""
         query, key, value = self.query(x), self.key(context), self.value(context)
         return self.split(query), self.split(key), self.split(value)
@@ -75,12 +76,12 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """The weights of the formula, for draw_attention: how much of each value (a column) goes
         into each result (a row). (B, H, N, M), or (B, H, d, d) in FeatureAttention."""
-        query, key, _ = self.project(x, context)
+        query, key, _ = self.qkv(x, context)
         scores = query @ key.mT / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        query, key, value = self.project(x, context)
+        query, key, value = self.qkv(x, context)
         out = F.scaled_dot_product_attention(query, key, value)  # the formula, in one call
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, H, N, d) to (B, N, D)
 
@@ -92,15 +93,15 @@ class FeatureAttention(Attention):
 
         weights[i, j] = softmax_j(query[i] * key[j]),   out[i] = sum_j weights[i, j] * value[j]
 
-    (a token's width is 1 here, so there is no scaling). For one image token, this is the
-    cross-covariance attention of El-Nouby et al. (2021, arXiv 2106.09681), not normalized."""
+    (a token's width is 1 here, so there is no scaling). This is the cross-covariance attention of
+    El-Nouby et al. (2021, arXiv 2106.09681) for a single image token, without normalization."""
 
     def split(self, x: Tensor) -> Tensor:
         """(B, D) to (B, H, d, 1)."""
         return x.unflatten(-1, (self.heads, -1)).unsqueeze(-1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        query, key, value = self.project(x, context)
+        query, key, value = self.qkv(x, context)
         # Both compute the formula above. Which is faster depends on whether the model is compiled.
         if torch.compiler.is_compiling():  # the compiler fuses these two lines into one kernel
             weights = (query * key.mT).softmax(dim=-1)  # (B, H, d, 1) * (B, H, 1, d)
@@ -145,8 +146,7 @@ def normalize(images: Tensor) -> Tensor:
     return (images.unsqueeze(1) / 255 - 0.1307) / 0.3081
 
 def seed_from(*numbers: int) -> int:
-    """A seed below 2^32, made from these numbers. (The hash of integers is the same in every run;
-    only the hashes of strings differ.)"""
+    """A seed below 2^32, made from these numbers. (Only a string's hash differs between runs.)"""
     return hash(numbers) % 2**32
 
 def generator(*numbers: int) -> torch.Generator:
@@ -238,7 +238,7 @@ def plain_batches(digits: Digits, options: Namespace, first_epoch: int) -> Itera
 # ---- 3. training --------------------------------------------------------------------------------
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16 on a GPU that is built for it: elsewhere float32 is faster."""
+    """Matrix products in bfloat16 on a GPU that is built for it, and in float32 elsewhere."""
     built_for_it = (device.type == "cuda"
                     and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device.type, torch.bfloat16, enabled=built_for_it)
@@ -379,7 +379,7 @@ def load_checkpoint(folder: Path, expected: dict) -> dict:
         script = folder.name.split("-")[0]
         raise UserError(f"{folder} holds no trained model: train one first, with python "
                         f"{script}.py and the same options") from None
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # torch raises a dozen kinds of errors
         raise UserError(f"{path} is corrupt: train again, without --resume") from error
@@ -396,8 +396,8 @@ def predict(model: nn.Module, images: Tensor, device: torch.device, tta: int = 0
     model.eval()
     shifts = list(itertools.product(range(-tta, tta + 1), repeat=2))
     total = torch.zeros(len(images), 10)
-    for shift in shifts:
-        shifted = images.roll(shift, dims=(1, 2))  # the border that wraps around is black
+    for dx, dy in shifts:
+        shifted = F.pad(images, (dx, -dx, dy, -dy))  # adds black on one side, and crops the other
         with mixed_precision(device):
             # forward: not compiled, since compiling would take longer than all predictions
             logits = [model.forward(normalize(x.to(device))) for x in shifted.split(500)]
@@ -525,15 +525,14 @@ def draw_curve(path: Path, log: list[list[float]]) -> None:
     page.save(path)
 
 @torch.no_grad()
-def draw_attention(path: Path, model: nn.Module, image: Tensor,
-                   options: Namespace) -> None:
-    """Draws the attention weights for an image, bytes (28, 28): a row for each attention layer, a
-    column for each head, with orange for large weights. On patches: the class token's weights, over
-    the image. Flat: all d x d weights, a row for each query."""
+def draw_attention(path: Path, model: nn.Module, image: Tensor, options: Namespace) -> None:
+    """Draws the attention weights for an image, bytes (28, 28): a row for each attention layer (a
+    decoder layer has three), a column for each head, with orange for large weights. On patches: the
+    class token's weights, over the image. Flat: all d x d weights, a row for each query."""
     weights = []
 
     def keep(attention: Attention, inputs: tuple[Tensor, Tensor]) -> None:
-        weights.append(attention.weights(*inputs)[0].float().cpu())  # (H, N, N) or (H, d, d)
+        weights.append(attention.weights(*inputs)[0].float().cpu())  # (H, N or 1, N) or (H, d, d)
 
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
@@ -574,12 +573,11 @@ def working_device(name: str) -> torch.device:
         (one + one).item()  # fails where the driver or the GPU is too old
         return one.device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        raise ArgumentTypeError(f"{name} does not work here: choose another, such as --device cpu"
-                                ) from error
+        raise ArgumentTypeError(f"{name} does not work here: try --device cpu") from error
 
 def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
-    """The options of all scripts. Their defaults depend on --device and --small, so these two are
-    parsed first: `small` with --small, which is on unless there is a CUDA GPU, else `full`."""
+    """The options of all scripts. --device and --small are parsed first: other defaults depend on
+    them. --small is on unless the device is a CUDA GPU, and takes `small` in place of `full`."""
     torch.set_float32_matmul_precision("high")  # for the whole run: TF32 where bfloat16 is not used
     parser = ArgumentParser(description=about.splitlines()[0], usage="%(prog)s [options]",
                             add_help=False, allow_abbrev=False,
@@ -596,8 +594,10 @@ def make_parser(about: str, full: dict, small: dict) -> ArgumentParser:
     add_model_options(model)
     add_training_options(training)
     add_run_options(run)
-    # Compiling needs a C compiler, and takes longer than it saves in a run of a small model.
-    compiles = device.type == "cuda" and not is_small and shutil.which("cc") is not None
+    # Compiling needs a C compiler and Python's headers. It would not pay off for a small model.
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    compiles = (device.type == "cuda" and not is_small and headers.exists()
+                and shutil.which("cc") is not None)
     parser.set_defaults(device=device, compile=compiles, **(small if is_small else full))
     return parser
 

@@ -60,7 +60,7 @@ class PatchEmbedding(nn.Module):
         return torch.cat([class_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, N, D)
 
     def drop_patches(self, tokens: Tensor) -> Tensor:
-        """Keeps a random subset of each image's tokens."""
+        """Puts each image's tokens into a random order, and keeps the first ones."""
         count = max(1, round(tokens.shape[1] * (1 - self.dropout)))
         order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
         return tokens.take_along_dim(order[:, :count, None], dim=1)  # (B, count, D)
@@ -132,9 +132,9 @@ def add_adversarial_gradients(model: nn.Module, images: Tensor, labels: Tensor,
     distance of `size`. Turning one pixel from black to white is a distance of 1, or of 1 / 0.3081
     in normalized images. Call it after the backward pass, which computes images.grad."""
     direction = F.normalize(images.grad.flatten(1)).view_as(images)
-    examples = images.detach() + direction * size / 0.3081
-    with mixed_precision(images.device):  # requires_grad: otherwise torch.compile recompiles
-        loss = F.cross_entropy(model(examples.requires_grad_()), labels)
+    examples = (images.detach() + direction * size / 0.3081).requires_grad_()  # avoids recompiling
+    with mixed_precision(images.device):
+        loss = F.cross_entropy(model(examples), labels)
     loss.backward()
 
 

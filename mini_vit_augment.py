@@ -49,8 +49,7 @@ def augment(images: Tensor, random: torch.Generator, degrees: float = 10, scale:
     shear of up to `shear`, shifts of up to `shift` pixels. Then comes an elastic deformation
     (Simard et al., 2003), a smooth displacement field with a standard deviation of `bend` pixels.
     All of it goes into one sampling grid, so that an image is resampled only once. No flips: a
-    mirrored 2 is not a 2.
-    """
+    mirrored 2 is not a 2."""
     count, size = len(images), images.shape[-1]
     angle, scale_x, scale_y, shears, shift_x, shift_y = (
         2 * torch.rand(6, count, generator=random) - 1)
@@ -239,7 +238,7 @@ def margins(mask: Tensor) -> Tensor:
     return torch.stack([x.argmax() for x in (rows, rows.flip(0), columns, columns.flip(0))])
 
 def digit_part(mask: Tensor) -> Tensor:
-    """The digit in a mask of ink, without specks, a box around it, or what touches the edge."""
+    """The digit in a mask of ink, without what touches the edge, a box around it, or specks."""
     squares = F.max_pool2d(mask[None].float(), 4, ceil_mode=True)[0] > 0  # bridges small gaps
     parts = sorted(connected_parts(squares), key=Tensor.sum)[-20:]  # the largest
     parts = [part for part in parts if margins(part).all()] or parts  # clear of the edge, if any
@@ -273,7 +272,8 @@ def read_pictures(model: nn.Module, options: Namespace) -> None:
     if options.dataset == "MNIST" and not folder.exists() and (drawn / "checkpoint.pt").exists():
         folder = drawn
         print("This model was trained on drawn digits: it has never seen handwriting.")
-    state = load_checkpoint(folder, {"run": folder.name, **model_options(options)})
+    shape = {name: x for name, x in model_options(options).items() if "dropout" not in name}
+    state = load_checkpoint(folder, {"run": folder.name, **shape})  # dropout is for training
     model.to(options.device).load_state_dict(state["model"])
     paths, errors = [], []
     for name in options.predict:

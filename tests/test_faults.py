@@ -255,7 +255,6 @@ def test_out_may_be_in_the_home_folder_and_must_not_be_a_file(command_line: Call
 # ---- checkpoints that do not fit -----------------------------------------------------------------
 
 class Code:
-
     def __reduce__(self) -> tuple:
         return os.mkdir, ("ran",)
 

@@ -1,8 +1,8 @@
-"""The models against oracles: torch's attention, a loop written from the formula, torchvision's
-ViT."""
+"""The models against torch's attention, a loop written from the formula, and torchvision's ViT."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,19 +144,21 @@ def test_a_model_is_compiled_only_if_asked_for(name: str, few_digits: None, comm
     (None, "--no-small", False, False), (None, "--no-small --compile", False, True)])
 def test_a_cuda_gpu_trains_and_compiles_full_size_and_others_the_small_model(
         gpu: str | None, options: str, small: bool, compiled: bool,
-        monkeypatch: MonkeyPatch) -> None:
+        monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator",
                         lambda check_available: gpu and torch.device(gpu))
     monkeypatch.setattr(common, "working_device", torch.device)
+    (tmp_path / "Python.h").touch()
     others = dict(overlap=0, dropout=0, input_dropout=0, muon=False, adversarial=0, tta=0)
     for script, _, _ in MODELS.values():
-        recipe = script.SMALL if small else script.FULL
-        expected = {**others, **recipe, "small": small}
-        for compiler in (None, "/usr/bin/cc"):
+        expected = {**others, **(script.SMALL if small else script.FULL), "small": small}
+        for compiler, headers in ((None, tmp_path), ("cc", tmp_path), ("cc", tmp_path / "no")):
             monkeypatch.setattr(common.shutil, "which", lambda name: compiler)
+            monkeypatch.setattr(common.sysconfig, "get_path", lambda name: headers)
             read = vars(read_options(options, script))
             assert {name: read[name] for name in expected} == expected
-            assert read["compile"] == (compiled and bool(compiler) or "--compile" in options)
+            works = compiler is not None and headers == tmp_path
+            assert read["compile"] == (compiled and works or "--compile" in options)
             assert read["device"].type == ("cpu" if "cpu" in options else gpu or "cpu")
 
 def test_vit_b_16_is_torchvisions() -> None:

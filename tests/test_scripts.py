@@ -155,7 +155,7 @@ def test_full_size_on_a_cpu_warns_and_no_epochs_test_what_is_untrained(
     ("--dropout 1", "1 is not between 0 and 0.99"), ("--tta 28", "28 is not between 0 and 27"),
     ("--overlap 28", "28 is not between 0 and 27"), ("--dim 1000000000000", "is not between 1 and"),
     ("--dataset CIFAR10", "invalid choice: 'CIFAR10'"), ("--layers many", "--layers: invalid"),
-    ("--device nowhere", "nowhere does not work here: choose another, such as --device cpu"),
+    ("--device nowhere", "nowhere does not work here: try --device cpu"),
     ("--device hpu", "hpu does not work here"), ("--layer 1", "unrecognized arguments: --layer"),
     ("--workers 1", "unrecognized arguments"), ("--epochs", "--epochs: expected one argument")])
 def test_a_users_mistake_is_reported_in_one_sentence(command_line: Callable, options: str,
@@ -195,7 +195,7 @@ def test_a_default_device_that_does_not_work_is_reported_first(command_line: Cal
             patch.setattr(owner, name, value)
             code, out, err = command_line(mini_vit, "--dataset drawn")
         assert (code, out) == (2, "") and err.count("\n") == 2
-        assert "does not work here: choose another, such as --device cpu" in err
+        assert "does not work here: try --device cpu" in err
 
 def test_only_torchrun_with_several_processes_is_refused(command_line: Callable,
                                                          monkeypatch: MonkeyPatch) -> None:
