@@ -376,9 +376,8 @@ def load_checkpoint(folder: Path, expected: dict) -> dict:
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        script = folder.name.split("-")[0]
         raise UserError(f"{folder} holds no trained model: train one first, with python "
-                        f"{script}.py and the same options") from None
+                        f"{folder.name.split('-')[0]}.py and the same options") from None
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # torch raises a dozen kinds of errors
@@ -563,7 +562,6 @@ def between(kind: type, least: float, most: float) -> Callable[[str], float]:
         if not least <= value <= most:  # also true for NaN
             raise ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
-
     return number
 
 def working_device(name: str) -> torch.device:
@@ -675,6 +673,8 @@ def report_errors() -> Iterator[None]:
         message = f"stopped. Resume with: python {command} --resume"
     except (MemoryError, torch.OutOfMemoryError):
         code, message = 2, "out of memory: choose a smaller --batch-size, or --small"
+    except ConnectionResetError:
+        raise  # a worker process was killed: no file is at fault
     except OSError as error:
         code, message = 2, (f"cannot read or write a file ({error}): check its permissions and the "
                             "free disk space, or choose another --out or --data-dir")

@@ -184,7 +184,7 @@ def test_ctrl_c_and_a_killed_worker_end_a_run_with_all_its_processes(start: Call
     said = Path("stopped/stderr").read_text()
     assert re.search(r"^mini_vit_augment.py: stopped. Resume with: python .* --resume$", said, re.M)
     assert "KeyboardInterrupt" not in said
-    assert "is killed by signal: Killed" in Path("broken/stderr").read_text()
+    assert re.search("killed by signal|exited|ConnectionReset", Path("broken/stderr").read_text())
     wait_until(lambda: not processes_of(stopped) + processes_of(broken))
 
 @needs_proc
