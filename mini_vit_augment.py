@@ -273,7 +273,7 @@ def read_pictures(model: nn.Module, options: Namespace) -> None:
         folder = drawn
         print("This model was trained on drawn digits: it has never seen handwriting.")
     shape = {name: x for name, x in model_options(options).items() if "dropout" not in name}
-    state = load_checkpoint(folder, {"run": folder.name, **shape})  # dropout is for training
+    state = load_checkpoint(folder, {"run": folder.name, **shape})  # dropout plays no part
     model.to(options.device).load_state_dict(state["model"])
     paths, errors = [], []
     for name in options.predict:
